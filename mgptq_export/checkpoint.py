@@ -1,0 +1,153 @@
+"""The quantized checkpoint: the folder that the exporters read, and nothing else.
+
+    quantized/
+      config.json         the model's own configuration, and quantization_config: method, recipe, layout
+      model.safetensors   packed segments (uint8), permutations (int32), everything else in float32
+      tokenizer files     tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mgptq_runtime.errors import PackageError
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+__all__ = ["TOKENIZER_FILES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
+
+FORMAT_VERSION = 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A quantized model with all that an exporter needs.
+
+    Attributes:
+        folder: where it lies; holds the tokenizer files.
+        model: the quantized weights.
+        config: the model's own ``config.json``, ``quantization_config`` included.
+    """
+
+    folder: Path
+    model: QuantizedModel
+    config: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The model's name, for file names and titles."""
+        return self.config["quantization_config"]["name"]
+
+
+def _linear_layout(linear: QuantizedLinear) -> dict[str, Any]:
+    return {
+        "name": linear.name,
+        "rows": linear.rows,
+        "columns": linear.columns,
+        "segments": [segment.format for segment in linear.segments],
+    }
+
+
+def _linear_tensors(linear: QuantizedLinear) -> dict[str, np.ndarray]:
+    return {f"{linear.name}.{i}.{segment.format}": segment.data for i, segment in enumerate(linear.segments)}
+
+
+def write_checkpoint(
+    folder: Path,
+    model: QuantizedModel,
+    *,
+    name: str,
+    config: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    tokenizer_folder: Path,
+) -> Checkpoint:
+    """Write ``model`` into ``folder`` (created; must not exist).
+
+    Args:
+        config: the original model's ``config.json`` as a dictionary.
+        recipe: what the quantization was asked for, as JSON values.
+        tokenizer_folder: holds the files of :data:`TOKENIZER_FILES`, those that exist are copied.
+    """
+    folder.mkdir(parents=True)
+    tensors: dict[str, np.ndarray] = dict(model.tensors)
+    groups = []
+    for group in model.groups:
+        groups.append({"name": group.name, "linears": [_linear_layout(linear) for linear in group.linears]})
+        if group.permutation is not None:
+            tensors[f"{group.name}.permutation"] = group.permutation.astype(np.int32)
+        for linear in group.linears:
+            tensors |= _linear_tensors(linear)
+    layout: dict[str, Any] = {"groups": groups, "embedding": _linear_layout(model.embedding), "head": None}
+    tensors |= _linear_tensors(model.embedding)
+    if model.head is not None:
+        layout["head"] = _linear_layout(model.head)
+        tensors |= _linear_tensors(model.head)
+    quantization_config = {
+        "quant_method": "mgptq",
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "family": model.family,
+        "bits_stored": model.bits_stored,
+        "recipe": dict(recipe),
+        "hyperparameters": dict(model.hyperparameters),
+        "tensors": sorted(model.tensors),
+        "layout": layout,
+    }
+    full_config = {**config, "quantization_config": quantization_config}
+    save_file({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(full_config, indent=2) + "\n")
+    for file_name in TOKENIZER_FILES:
+        if (tokenizer_folder / file_name).is_file():
+            shutil.copyfile(tokenizer_folder / file_name, folder / file_name)
+    return Checkpoint(folder, model, full_config)
+
+
+def _read_linear(
+    layout: Mapping[str, Any], tensors: Mapping[str, np.ndarray], permutation: np.ndarray | None
+) -> QuantizedLinear:
+    name = layout["name"]
+    segments = tuple(Segment(fmt, tensors[f"{name}.{i}.{fmt}"]) for i, fmt in enumerate(layout["segments"]))
+    return QuantizedLinear(name, layout["rows"], layout["columns"], segments, permutation)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint folder.
+
+    Raises:
+        PackageError: the folder holds no checkpoint of this method, or not all of it.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        quantization = config["quantization_config"]
+        if quantization["quant_method"] != "mgptq" or quantization["format_version"] != FORMAT_VERSION:
+            raise PackageError(
+                f"{folder}: quant_method {quantization['quant_method']!r} version {quantization.get('format_version')}"
+                f" is not 'mgptq' version {FORMAT_VERSION}; quantize the model with this version"
+            )
+        tensors = load_file(folder / "model.safetensors")
+        layout = quantization["layout"]
+        groups = []
+        for entry in layout["groups"]:
+            permutation = tensors.get(f"{entry['name']}.permutation")
+            linears = tuple(_read_linear(linear, tensors, permutation) for linear in entry["linears"])
+            groups.append(InputGroup(entry["name"], permutation, linears))
+        model = QuantizedModel(
+            family=quantization["family"],
+            hyperparameters=quantization["hyperparameters"],
+            groups=tuple(groups),
+            embedding=_read_linear(layout["embedding"], tensors, None),
+            head=_read_linear(layout["head"], tensors, None) if layout["head"] else None,
+            tensors={key: tensors[key] for key in quantization["tensors"]},
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise PackageError(
+            f"{folder} is not a complete quantized checkpoint ({type(error).__name__}: {error}); "
+            "make one with: mgptq-export quantize MODEL -o FOLDER"
+        ) from error
+    return Checkpoint(folder, model, config)

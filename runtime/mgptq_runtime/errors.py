@@ -1,0 +1,54 @@
+"""The closed set of errors. Every one carries what was found, what is allowed and the way out."""
+
+__all__ = [
+    "MgptqError",
+    "BadInputError",
+    "UnsupportedModelError",
+    "BudgetError",
+    "CalibrationError",
+    "NumericalError",
+    "OutputExistsError",
+    "ContainerError",
+    "PackageError",
+    "CheckError",
+]
+
+
+class MgptqError(Exception):
+    """Base of all errors that a user can meet; the commands print its text and exit with 1."""
+
+
+class BadInputError(MgptqError):
+    """A path, an option or a text that cannot be used."""
+
+
+class UnsupportedModelError(MgptqError):
+    """A model family, or a part of a model, that is not supported."""
+
+
+class BudgetError(MgptqError):
+    """A stored-bit budget that the target cannot meet."""
+
+
+class CalibrationError(MgptqError):
+    """Calibration text that is too short or otherwise unusable."""
+
+
+class NumericalError(MgptqError):
+    """NaN or infinity in weights, activations or scores; a Hessian that no damping makes definite."""
+
+
+class OutputExistsError(MgptqError):
+    """The output exists and replacing it was not asked for."""
+
+
+class ContainerError(MgptqError):
+    """A container file that breaks its specification (FORMAT.md)."""
+
+
+class PackageError(MgptqError):
+    """A package whose files are missing, changed or inconsistent."""
+
+
+class CheckError(MgptqError):
+    """A package that holds nothing to check against."""

@@ -1,0 +1,205 @@
+"""Storage formats of quantized weights: the bits on disk, defined once.
+
+A weight matrix row is cut into blocks of 64 columns. A block stores one scale and 64 codes:
+
+    [ d: float16, little endian, may be negative ][ codes, packed, lowest bits first ]
+
+and a code ``c`` means the weight ``(step * c + offset) * d``. There are no zero points.
+
+=======  =========================  ============  ===============
+format   weight                     bytes/block   bits per weight
+=======  =========================  ============  ===============
+b1       ``(2c - 1) * d``           10            1.25
+b2       ``(c - 1) * d``            18            2.25
+b3       ``(c - 3) * d``            26            3.25
+b4       ``(c - 8) * d``            34            4.25
+b8       ``(c - 127) * d``          66            8.25
+=======  =========================  ============  ===============
+
+A b2 block is, byte for byte, a ggml ``Q2_0`` block. b8 stores ``c - 127`` as a signed byte.
+"""
+
+from typing import ClassVar
+
+import numpy as np
+
+from mgptq_runtime.errors import ContainerError
+
+__all__ = ["BLOCK_COLUMNS", "FORMATS", "Format", "padded_columns"]
+
+BLOCK_COLUMNS = 64
+SCALE_BYTES = 2
+
+FORMATS: dict[str, "Format"] = {}
+
+
+def padded_columns(columns: int) -> int:
+    """``columns`` rounded up to whole blocks."""
+    return -(-columns // BLOCK_COLUMNS) * BLOCK_COLUMNS
+
+
+class Format:
+    """One storage format. Subclasses hold only the packing of 64 codes into bytes.
+
+    Class attributes:
+        name: the name in files, ``b1`` to ``b8``.
+        levels: number of codes; a code is in ``0 .. levels - 1``.
+        step, offset: a code ``c`` means ``(step * c + offset) * d``.
+        code_bytes: bytes of 64 packed codes.
+    """
+
+    name: ClassVar[str]
+    levels: ClassVar[int]
+    step: ClassVar[int] = 1
+    offset: ClassVar[int]
+    code_bytes: ClassVar[int]
+
+    def __init_subclass__(cls) -> None:
+        cls.block_bytes = SCALE_BYTES + cls.code_bytes
+        cls.bits_per_weight = cls.block_bytes * 8 / BLOCK_COLUMNS
+        FORMATS[cls.name] = cls()
+
+    block_bytes: ClassVar[int]
+    bits_per_weight: ClassVar[float]
+
+    def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
+        """uint8 [..., 64] to uint8 [..., code_bytes]."""
+        raise NotImplementedError
+
+    def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+        """uint8 [..., code_bytes] to uint8 [..., 64]."""
+        raise NotImplementedError
+
+    def pack(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """Pack codes and scales into stored bytes.
+
+        Args:
+            codes: uint8 [rows, blocks * 64], each below ``levels``.
+            scales: float16 [rows, blocks].
+
+        Returns:
+            uint8 [rows, blocks * block_bytes].
+
+        Raises:
+            ValueError: shapes or types that do not fit, or a code out of range.
+        """
+        rows, columns = codes.shape
+        blocks = columns // BLOCK_COLUMNS
+        if columns % BLOCK_COLUMNS or scales.shape != (rows, blocks):
+            raise ValueError(
+                f"{self.name}: codes {codes.shape} need scales {(rows, columns / BLOCK_COLUMNS)}, got {scales.shape}"
+            )
+        if codes.dtype != np.uint8 or scales.dtype != np.float16:
+            raise ValueError(f"{self.name}: needs uint8 codes and float16 scales, got {codes.dtype}, {scales.dtype}")
+        if codes.size and codes.max() >= self.levels:
+            raise ValueError(f"{self.name}: code {codes.max()} is not below {self.levels}")
+        out = np.empty((rows, blocks, self.block_bytes), np.uint8)
+        out[..., :SCALE_BYTES] = scales.astype("<f2").reshape(rows, blocks, 1).view(np.uint8)
+        out[..., SCALE_BYTES:] = self._pack_codes(codes.reshape(rows, blocks, BLOCK_COLUMNS))
+        return out.reshape(rows, -1)
+
+    def _blocks(self, data: np.ndarray) -> np.ndarray:
+        if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] % self.block_bytes:
+            raise ContainerError(
+                f"a {self.name} segment needs uint8 rows of whole {self.block_bytes}-byte blocks, "
+                f"got {data.dtype} {data.shape}"
+            )
+        return data.reshape(data.shape[0], -1, self.block_bytes)
+
+    def scales(self, data: np.ndarray) -> np.ndarray:
+        """Scales of packed rows: uint8 [rows, blocks * block_bytes] to float16 [rows, blocks]."""
+        blocks = self._blocks(data)
+        return np.ascontiguousarray(blocks[..., :SCALE_BYTES]).view("<f2")[..., 0]
+
+    def packed_codes(self, data: np.ndarray) -> np.ndarray:
+        """Packed codes alone: uint8 [rows, blocks * block_bytes] to uint8 [rows, blocks, code_bytes]."""
+        return np.ascontiguousarray(self._blocks(data)[..., SCALE_BYTES:])
+
+    def unpack(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The inverse of :meth:`pack`: (codes uint8 [rows, blocks * 64], scales float16 [rows, blocks])."""
+        codes = self._unpack_codes(self._blocks(data)[..., SCALE_BYTES:])
+        return codes.reshape(data.shape[0], -1), self.scales(data)
+
+    def dequantize(self, data: np.ndarray) -> np.ndarray:
+        """Weights of packed rows: uint8 [rows, blocks * block_bytes] to float32 [rows, blocks * 64]."""
+        codes, scales = self.unpack(data)
+        rows, blocks = scales.shape
+        values = self.values()[codes].reshape(rows, blocks, BLOCK_COLUMNS)
+        values *= scales.astype(np.float32)[..., None]
+        return values.reshape(rows, -1)
+
+    def values(self) -> np.ndarray:
+        """Weight of every code at scale 1: float32 [levels]."""
+        return np.arange(self.levels, dtype=np.float32) * self.step + self.offset
+
+
+def _pack_plane(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack ``bits``-bit codes, lowest bits first: uint8 [..., n] to uint8 [..., n * bits / 8]."""
+    per_byte = 8 // bits
+    lanes = codes.reshape(*codes.shape[:-1], -1, per_byte)
+    packed = np.zeros(lanes.shape[:-1], np.uint8)
+    for lane in range(per_byte):
+        packed |= lanes[..., lane] << np.uint8(lane * bits)
+    return packed
+
+
+def _unpack_plane(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of :func:`_pack_plane`, by a table of all byte values."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    table = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return table[packed].reshape(*packed.shape[:-1], -1)
+
+
+class B1(Format):
+    name, levels, step, offset, code_bytes = "b1", 2, 2, -1, 8
+
+    def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
+        return _pack_plane(codes, 1)
+
+    def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+        return _unpack_plane(packed, 1)
+
+
+class B2(Format):
+    name, levels, offset, code_bytes = "b2", 4, -1, 16
+
+    def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
+        return _pack_plane(codes, 2)
+
+    def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+        return _unpack_plane(packed, 2)
+
+
+class B3(Format):
+    """The low two bits of 64 codes (16 bytes), then their high bits (8 bytes)."""
+
+    name, levels, offset, code_bytes = "b3", 8, -3, 24
+
+    def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
+        return np.concatenate([_pack_plane(codes & 3, 2), _pack_plane(codes >> 2, 1)], axis=-1)
+
+    def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+        return _unpack_plane(packed[..., :16], 2) | (_unpack_plane(packed[..., 16:], 1) << np.uint8(2))
+
+
+class B4(Format):
+    name, levels, offset, code_bytes = "b4", 16, -8, 32
+
+    def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
+        return _pack_plane(codes, 4)
+
+    def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+        return _unpack_plane(packed, 4)
+
+
+class B8(Format):
+    name, levels, offset, code_bytes = "b8", 255, -127, 64
+
+    def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
+        return (codes.astype(np.int16) + self.offset).astype(np.int8).view(np.uint8)
+
+    def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+        signed = np.ascontiguousarray(packed).view(np.int8)
+        if signed.size and signed.min() < self.offset:
+            raise ContainerError("b8: a stored byte of -128 is not a code; codes are -127 to 127")
+        return (signed.astype(np.int16) - self.offset).astype(np.uint8)
