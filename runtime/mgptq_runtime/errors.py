@@ -1,16 +1,16 @@
 """The closed set of errors. Every one carries what was found, what is allowed and the way out."""
 
 __all__ = [
-    "MgptqError",
     "BadInputError",
-    "UnsupportedModelError",
     "BudgetError",
     "CalibrationError",
+    "CheckError",
+    "ContainerError",
+    "MgptqError",
     "NumericalError",
     "OutputExistsError",
-    "ContainerError",
     "PackageError",
-    "CheckError",
+    "UnsupportedModelError",
 ]
 
 

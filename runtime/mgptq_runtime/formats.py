@@ -19,6 +19,7 @@ b8       ``(c - 127) * d``          66            8.25
 A b2 block is, byte for byte, a ggml ``Q2_0`` block. b8 stores ``c - 127`` as a signed byte.
 """
 
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -55,6 +56,8 @@ class Format:
     code_bytes: ClassVar[int]
 
     def __init_subclass__(cls) -> None:
+        if not hasattr(cls, "name"):
+            return
         cls.block_bytes = SCALE_BYTES + cls.code_bytes
         cls.bits_per_weight = cls.block_bytes * 8 / BLOCK_COLUMNS
         FORMATS[cls.name] = cls()
@@ -68,6 +71,10 @@ class Format:
 
     def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
         """uint8 [..., code_bytes] to uint8 [..., 64]."""
+        raise NotImplementedError
+
+    def _unpack_values(self, packed: np.ndarray) -> np.ndarray:
+        """uint8 [..., code_bytes] to the codes' weights at scale 1, float32 [..., 64]."""
         raise NotImplementedError
 
     def pack(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -122,11 +129,16 @@ class Format:
 
     def dequantize(self, data: np.ndarray) -> np.ndarray:
         """Weights of packed rows: uint8 [rows, blocks * block_bytes] to float32 [rows, blocks * 64]."""
-        codes, scales = self.unpack(data)
-        rows, blocks = scales.shape
-        values = self.values()[codes].reshape(rows, blocks, BLOCK_COLUMNS)
-        values *= scales.astype(np.float32)[..., None]
-        return values.reshape(rows, -1)
+        values = self._unpack_values(self.packed_codes(data))
+        values *= self.scales(data).astype(np.float32)[..., None]
+        return values.reshape(data.shape[0], -1)
+
+    def validate_codes(self, data: np.ndarray) -> None:
+        """Check packed rows, uint8 [rows, blocks * block_bytes], for bytes that are no code.
+
+        Raises:
+            ContainerError: there is one. Only b8 has such a byte, -128.
+        """
 
     def values(self) -> np.ndarray:
         """Weight of every code at scale 1: float32 [levels]."""
@@ -143,31 +155,45 @@ def _pack_plane(codes: np.ndarray, bits: int) -> np.ndarray:
     return packed
 
 
-def _unpack_plane(packed: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of :func:`_pack_plane`, by a table of all byte values."""
+@cache
+def _plane_codes(bits: int) -> np.ndarray:
+    """The codes in every byte value: uint8 [256, 8 / bits]."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    table = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
-    return table[packed].reshape(*packed.shape[:-1], -1)
+    return (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
 
 
-class B1(Format):
-    name, levels, step, offset, code_bytes = "b1", 2, 2, -1, 8
+@cache
+def _plane_values(bits: int, step: int, offset: int) -> np.ndarray:
+    """The values ``step * code + offset`` in every byte value: float32 [256, 8 / bits]."""
+    return _plane_codes(bits).astype(np.float32) * step + offset
+
+
+def _unpack_plane(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Look every byte up: uint8 [..., n] to [..., n * table.shape[1]]."""
+    return np.take(table, packed, axis=0).reshape(*packed.shape[:-1], -1)
+
+
+class _Plane(Format):
+    """Codes that lie in one plane of ``plane_bits`` each."""
+
+    plane_bits: ClassVar[int]
 
     def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
-        return _pack_plane(codes, 1)
+        return _pack_plane(codes, self.plane_bits)
 
     def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
-        return _unpack_plane(packed, 1)
+        return _unpack_plane(packed, _plane_codes(self.plane_bits))
+
+    def _unpack_values(self, packed: np.ndarray) -> np.ndarray:
+        return _unpack_plane(packed, _plane_values(self.plane_bits, self.step, self.offset))
 
 
-class B2(Format):
-    name, levels, offset, code_bytes = "b2", 4, -1, 16
+class B1(_Plane):
+    name, levels, step, offset, code_bytes, plane_bits = "b1", 2, 2, -1, 8, 1
 
-    def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
-        return _pack_plane(codes, 2)
 
-    def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
-        return _unpack_plane(packed, 2)
+class B2(_Plane):
+    name, levels, offset, code_bytes, plane_bits = "b2", 4, -1, 16, 2
 
 
 class B3(Format):
@@ -179,27 +205,38 @@ class B3(Format):
         return np.concatenate([_pack_plane(codes & 3, 2), _pack_plane(codes >> 2, 1)], axis=-1)
 
     def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
-        return _unpack_plane(packed[..., :16], 2) | (_unpack_plane(packed[..., 16:], 1) << np.uint8(2))
+        low = _unpack_plane(packed[..., :16], _plane_codes(2))
+        return low | (_unpack_plane(packed[..., 16:], _plane_codes(1)) << np.uint8(2))
+
+    def _unpack_values(self, packed: np.ndarray) -> np.ndarray:
+        values = _unpack_plane(packed[..., :16], _plane_values(2, 1, self.offset))
+        values += _unpack_plane(packed[..., 16:], _plane_values(1, 4, 0))
+        return values
 
 
-class B4(Format):
-    name, levels, offset, code_bytes = "b4", 16, -8, 32
-
-    def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
-        return _pack_plane(codes, 4)
-
-    def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
-        return _unpack_plane(packed, 4)
+class B4(_Plane):
+    name, levels, offset, code_bytes, plane_bits = "b4", 16, -8, 32, 4
 
 
 class B8(Format):
+    """``code - 127`` as a signed byte."""
+
     name, levels, offset, code_bytes = "b8", 255, -127, 64
 
     def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
         return (codes.astype(np.int16) + self.offset).astype(np.int8).view(np.uint8)
 
-    def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+    def _signed(self, packed: np.ndarray) -> np.ndarray:
         signed = np.ascontiguousarray(packed).view(np.int8)
         if signed.size and signed.min() < self.offset:
             raise ContainerError("b8: a stored byte of -128 is not a code; codes are -127 to 127")
-        return (signed.astype(np.int16) - self.offset).astype(np.uint8)
+        return signed
+
+    def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+        return (self._signed(packed).astype(np.int16) - self.offset).astype(np.uint8)
+
+    def _unpack_values(self, packed: np.ndarray) -> np.ndarray:
+        return self._signed(packed).astype(np.float32)
+
+    def validate_codes(self, data: np.ndarray) -> None:
+        self._signed(self.packed_codes(data))

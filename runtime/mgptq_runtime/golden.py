@@ -1,5 +1,6 @@
 """Golden vectors: what the workstation computed from the dequantized weights in float32, to replay on a device."""
 
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import numpy as np
 
 from mgptq_runtime.errors import PackageError
 
-__all__ = ["DIGEST_SIZE", "GoldenVectors", "hidden_digest", "read_golden", "write_golden"]
+__all__ = ["DIGEST_SIZE", "GoldenVectors", "hidden_digest", "read_golden", "validate_golden", "write_golden"]
 
 DIGEST_SIZE = 8
+MAX_FILE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,51 @@ def write_golden(path: Path, golden: GoldenVectors) -> None:
     np.savez(path, **{f.name: getattr(golden, f.name) for f in fields(GoldenVectors)})
 
 
+def validate_golden(golden: GoldenVectors, vocabulary_size: int, layer_count: int | None = None) -> None:
+    """Check types, shapes and ranges of vectors that come from a file.
+
+    Args:
+        layer_count: of the model; None where it is not known.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    if golden.token_ids.ndim != 2 or golden.top_ids.ndim != 3:
+        raise ValueError(f"token_ids {golden.token_ids.shape} and top_ids {golden.top_ids.shape} are not 2-D and 3-D")
+    prompts, length = golden.token_ids.shape
+    k = golden.top_ids.shape[2]
+    layers = golden.hidden_digests.shape[0] if layer_count is None else layer_count + 1
+    shapes = {
+        "token_ids": (prompts, length),
+        "top_ids": (prompts, length, k),
+        "top_logits": (prompts, length, k),
+        "log_partition": (prompts, length),
+        "hidden_digests": (layers, prompts, DIGEST_SIZE),
+    }
+    for name, shape in shapes.items():
+        array, kind = getattr(golden, name), np.int32 if name.endswith("_ids") else np.float32
+        if array.dtype != kind or array.shape != shape or not array.size:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, it must be {np.dtype(kind)} {shape}, not empty")
+        if kind == np.int32 and (array.min() < 0 or array.max() >= vocabulary_size):
+            raise ValueError(f"{name} has values {array.min()} to {array.max()}, the vocabulary is {vocabulary_size}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    if (np.diff(golden.top_logits, axis=-1) > 0).any():
+        raise ValueError("top_logits do not fall")
+
+
 def read_golden(path: Path) -> GoldenVectors:
     """Read an ``.npz`` file.
 
     Raises:
-        PackageError: the file is missing, broken or incomplete.
+        PackageError: the file is missing, broken, incomplete or expands to more than 256 MiB.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_FILE_BYTES:
+            raise PackageError(f"{path} expands to {size} bytes, at most {MAX_FILE_BYTES} are allowed")
         with np.load(path, allow_pickle=False) as arrays:
             return GoldenVectors(**{f.name: arrays[f.name] for f in fields(GoldenVectors)})
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise PackageError(f"{path}: not a file of golden vectors ({error}); export the package again") from error

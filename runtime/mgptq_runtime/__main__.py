@@ -1,0 +1,3 @@
+from mgptq_runtime.cli import main
+
+main()

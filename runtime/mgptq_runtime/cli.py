@@ -1,0 +1,277 @@
+"""The command ``mgptq-run``. Thin shells over importable functions."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mgptq_runtime.errors import MgptqError
+
+if TYPE_CHECKING:
+    from mgptq_runtime.check import CheckResult
+    from mgptq_runtime.package import Package
+
+__all__ = ["cli", "main"]
+
+INTERRUPTED = 130
+
+
+class ErrorReportingGroup(click.Group):
+    """Turns the typed errors into one message and exit code 1, an interrupt into 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MgptqError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+@click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Run and verify a quantized model: PACKAGE is an exported folder, or one .gguf container."""
+
+
+def _with_package(command: Callable[..., None]) -> Callable[..., None]:
+    return click.argument("package", type=click.Path(path_type=Path))(command)
+
+
+def _with_backend(command: Callable[..., None]) -> Callable[..., None]:
+    options = (
+        click.option("--backend", type=click.Choice(["numpy", "onnx"]), help="Default: onnx where there is one."),
+        click.option(
+            "--accuracy-level",
+            type=click.Choice(["0", "4"]),
+            default="4",
+            show_default=True,
+            callback=lambda ctx, parameter, value: int(value),
+            help="ONNX only: 4 computes with int8 activations (fast), 0 with float32 (exact).",
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="Default: all cores."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _with_json(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def _limit_threads(threads: int | None) -> None:
+    """NumPy's BLAS reads its thread count when it loads, so this comes before the first import of NumPy."""
+    if threads is not None:
+        os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _open(path: Path) -> "Package":
+    from mgptq_runtime.package import open_package
+
+    return open_package(path)
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    click.echo(json.dumps(values, allow_nan=False))
+
+
+def _check_one(package: "Package", name: str, accuracy_level: int, threads: int | None) -> "CheckResult":
+    from mgptq_runtime.check import check_backend
+    from mgptq_runtime.progress import track
+
+    backend = package.backend(name, accuracy_level=accuracy_level, threads=threads)
+    golden = package.golden(backend)
+    with track(f"check on {name}", len(golden.token_ids)) as advance:
+        return check_backend(backend, golden, package.bounds(name, accuracy_level), advance)
+
+
+def _print_check(result: "CheckResult") -> None:
+    click.echo(f"{'PASSED' if result.passed else 'FAILED'}  {result.backend}: {result.positions} positions compared")
+    click.echo(f"  largest difference of logits  {result.max_abs_difference:.3g}")
+    click.echo(f"  same most likely token        {result.top1_agreement:.2%} ({result.top1_ties} ties besides)")
+    click.echo(f"  KL divergence                 {result.kl_divergence:.3g} nats")
+    if result.hidden_relative_difference is not None:
+        click.echo(
+            f"  largest difference of layers  {result.hidden_relative_difference:.3g} relative, "
+            f"after layer {result.hidden_layer}"
+        )
+    for failure in result.failures:
+        click.echo(f"  {failure}")
+
+
+@cli.command()
+@_with_package
+@_with_backend
+@_with_json
+def check(package: Path, backend: str | None, accuracy_level: int, threads: int | None, as_json: bool) -> None:
+    """Replay the golden vectors; without --backend on every backend that the package has. Exit code 1: failed."""
+    _limit_threads(threads)
+    opened = _open(package)
+    names = [backend] if backend else list(opened.backends)
+    results = [_check_one(opened, name, accuracy_level, threads) for name in names]
+    passed = all(result.passed for result in results)
+    worst = max(results, key=lambda result: (not result.passed, result.kl_divergence))
+    if as_json:
+        _print_json(worst.to_json() | {"passed": passed, "backends": [result.to_json() for result in results]})
+    else:
+        for result in results:
+            _print_check(result)
+    if not passed:
+        sys.exit(1)
+
+
+@cli.command()
+@_with_package
+@_with_backend
+@_with_json
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--chat", is_flag=True, help="Give the prompt as a user's message, through the chat template.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Draw among the k most likely; 0 for all.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw within this probability.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def generate(
+    package: Path,
+    backend: str | None,
+    accuracy_level: int,
+    threads: int | None,
+    as_json: bool,
+    prompt: str,
+    chat: bool,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> None:
+    """Continue a text; streams to stdout."""
+    _limit_threads(threads)
+    from mgptq_runtime.generate import Sampling, generate_tokens
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    opened = _open(package)
+    loaded = opened.backend(backend, accuracy_level=accuracy_level, threads=threads)
+    tokenizer = opened.tokenizer(loaded)
+    if chat:
+        ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    else:
+        ids = tokenizer.encode(prompt, special_tokens=True)
+    tokens = generate_tokens(
+        loaded, ids, max_tokens=max_tokens, eos_token_ids=tokenizer.eos_token_ids, sampling=sampling
+    )
+    if as_json:
+        generated = list(tokens)
+        _print_json(
+            {
+                "text": tokenizer.decode(generated),
+                "tokens": generated,
+                "prompt_tokens": len(ids),
+                "backend": loaded.name,
+            }
+        )
+        return
+    for piece in tokenizer.decode_stream(tokens):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@cli.command()
+@_with_package
+@_with_backend
+@_with_json
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="A .txt, or .jsonl with a field 'text'.")
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
+@click.option("--windows", type=int, default=30, show_default=True, help="How many windows, from the start.")
+def perplexity(
+    package: Path,
+    backend: str | None,
+    accuracy_level: int,
+    threads: int | None,
+    as_json: bool,
+    text: Path,
+    window: int,
+    windows: int,
+) -> None:
+    """Score the second half of each window of a text, given the first half."""
+    _limit_threads(threads)
+    from mgptq_runtime.perplexity import measure_perplexity, read_text
+    from mgptq_runtime.progress import track
+
+    content = read_text(text)
+    opened = _open(package)
+    loaded = opened.backend(backend, accuracy_level=accuracy_level, threads=threads)
+    ids = opened.tokenizer(loaded).encode(content)
+    with track("perplexity", max(1, min(windows, len(ids) // max(1, window)))) as advance:
+        result = measure_perplexity(loaded, ids, window=window, windows=windows, advance=advance)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        click.echo(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens ({result.backend})")
+
+
+@cli.command()
+@_with_package
+@_with_backend
+@_with_json
+@click.option("--prompt-tokens", type=int, default=128, show_default=True)
+@click.option("--decode-tokens", type=int, default=32, show_default=True)
+def bench(
+    package: Path,
+    backend: str | None,
+    accuracy_level: int,
+    threads: int | None,
+    as_json: bool,
+    prompt_tokens: int,
+    decode_tokens: int,
+) -> None:
+    """Measure loading, speed and memory on this machine."""
+    _limit_threads(threads)
+    from mgptq_runtime.bench import measure_speed
+    from mgptq_runtime.progress import track
+
+    with track("bench", decode_tokens) as advance:
+        result = measure_speed(
+            lambda: _open(package).backend(backend, accuracy_level=accuracy_level, threads=threads),
+            prompt_tokens=prompt_tokens,
+            decode_tokens=decode_tokens,
+            threads=threads,
+            advance=advance,
+        )
+    if as_json:
+        _print_json(result.to_json())
+        return
+    click.echo(f"backend  {result.backend}")
+    click.echo(f"load     {result.load_seconds:.2f} s")
+    click.echo(f"prefill  {result.prefill_tokens_per_second:.1f} tokens/s ({result.prompt_tokens} tokens)")
+    click.echo(f"decode   {result.decode_tokens_per_second:.1f} tokens/s ({result.decode_tokens} tokens)")
+    click.echo(f"memory   {result.peak_rss_bytes / 1e6:.0f} MB at most")
+
+
+@cli.command()
+@_with_package
+@_with_json
+def info(package: Path, as_json: bool) -> None:
+    """Say what a package holds."""
+    from mgptq_runtime.info import describe
+
+    facts = describe(_open(package))
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in facts.items():
+        if key == "files":
+            for entry in value:
+                click.echo(f"{entry['bytes']:>14,} bytes  {entry['path']}")
+        else:
+            click.echo(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def main() -> None:
+    """The entry point: exit code 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    cli(prog_name="mgptq-run")

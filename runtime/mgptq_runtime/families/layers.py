@@ -1,0 +1,60 @@
+"""The building blocks of decoder layers, in float32 NumPy."""
+
+import numpy as np
+
+__all__ = ["attention", "rms_norm", "rotate", "silu"]
+
+QUERY_CHUNK = 256
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    """x / sqrt(mean(x²) + ε) · weight over the last axis, float32."""
+    mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+    return x / np.sqrt(mean_square + np.float32(epsilon)) * weight
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x · sigmoid(x), without overflow: float32 to float32."""
+    return x * (np.float32(0.5) * (np.float32(1.0) + np.tanh(np.float32(0.5) * x)))
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Rotary position embedding on halves: element i turns with element i + head_size / 2.
+
+    Args:
+        x: float32 [batch, heads, sequence, head_size].
+        cos, sin: float32 [sequence, head_size / 2].
+    """
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Causal grouped-query attention; the queries are the last of the key positions.
+
+    Args:
+        queries: float32 [batch, heads, sequence, head_size].
+        keys, values: float32 [batch, kv_heads, positions, head_size].
+
+    Returns:
+        float32 [batch, sequence, heads * head_size].
+    """
+    batch, heads, sequence, head_size = queries.shape
+    kv_heads, positions = keys.shape[1:3]
+    grouped = queries.reshape(batch, kv_heads, heads // kv_heads, sequence, head_size)
+    grouped = grouped * np.float32(head_size**-0.5)
+    mixed = np.empty_like(grouped)
+    # In chunks, so that a long prompt needs no square matrix of scores.
+    for start in range(0, sequence, QUERY_CHUNK):
+        end = min(start + QUERY_CHUNK, sequence)
+        visible = positions - sequence + end
+        scores = grouped[..., start:end, :] @ keys[:, :, None, :visible].swapaxes(-1, -2)
+        row = np.arange(visible - (end - start), visible)[:, None]
+        scores[..., np.arange(visible) > row] = -np.inf
+        mixed[..., start:end, :] = _softmax(scores) @ values[:, :, None, :visible]
+    return mixed.reshape(batch, heads, sequence, head_size).transpose(0, 2, 1, 3).reshape(batch, sequence, -1)

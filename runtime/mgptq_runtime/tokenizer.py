@@ -1,0 +1,120 @@
+"""Text to token ids and back, and chat templates."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from mgptq_runtime.chat_template import render_chat_template
+from mgptq_runtime.errors import BadInputError, PackageError
+
+__all__ = ["TextTokenizer", "TokenizerData"]
+
+REPLACEMENT = "�"
+
+
+@dataclass(frozen=True)
+class TokenizerData:
+    """What a package carries about text, as Hugging Face writes it.
+
+    Attributes:
+        tokenizer_json: the text of ``tokenizer.json``.
+        tokenizer_config: ``tokenizer_config.json``.
+        generation_config: ``generation_config.json``; empty where there is none.
+        chat_template: a Jinja template, or None for a model that does not chat.
+    """
+
+    tokenizer_json: str
+    tokenizer_config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    chat_template: str | None
+
+
+def _special_token_text(config: Mapping[str, Any], key: str) -> str | None:
+    """A special token of ``tokenizer_config.json``: a string, or an object with its content."""
+    value = config.get(key)
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _parse(tokenizer_json: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(tokenizer_json)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in the library's Rust code derives from BaseException
+        raise PackageError(f"the tokenizer cannot be used: {error}; export the package again") from error
+
+
+class TextTokenizer:
+    """A package's tokenizer.
+
+    Attributes:
+        eos_token_ids: tokens that end a text.
+
+    Raises:
+        PackageError: the tokenizer is broken or does not fit the model's vocabulary.
+    """
+
+    def __init__(self, data: TokenizerData, vocabulary_size: int) -> None:
+        self._tokenizer = _parse(data.tokenizer_json)
+        self._data = data
+        highest = max(self._tokenizer.get_vocab().values(), default=-1)
+        if highest >= vocabulary_size:
+            raise PackageError(
+                f"the tokenizer has token id {highest}, the model's vocabulary ends at {vocabulary_size - 1}; "
+                "they do not belong together"
+            )
+        self.eos_token_ids = self._find_eos()
+
+    def _find_eos(self) -> frozenset[int]:
+        listed = self._data.generation_config.get("eos_token_id")
+        ids = set(listed if isinstance(listed, list) else [listed])
+        eos = _special_token_text(self._data.tokenizer_config, "eos_token")
+        if eos is not None:
+            ids.add(self._tokenizer.token_to_id(eos))
+        return frozenset(token for token in ids if isinstance(token, int))
+
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            special_tokens: add what the tokenizer puts around a text, such as a beginning-of-text token.
+        """
+        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
+        """Text piece by piece as tokens arrive; a character is held back until all its bytes are there."""
+        # Decoded together with the tokens before it, a token keeps its leading space.
+        context: list[int] = []
+        pending: list[int] = []
+        for token in token_ids:
+            pending.append(token)
+            before = self.decode(context)
+            text = self.decode(context + pending)
+            if len(text) > len(before) and not text.endswith(REPLACEMENT):
+                yield text[len(before) :]
+                context, pending = pending, []
+        if pending:
+            yield self.decode(context + pending)[len(self.decode(context)) :]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation that the model is to continue.
+
+        Args:
+            messages: each with ``role`` and ``content``.
+
+        Raises:
+            BadInputError: the model has no chat template.
+            PackageError: the template is broken or exceeds its limits of time and memory.
+        """
+        if self._data.chat_template is None:
+            raise BadInputError("this model has no chat template; generate without --chat")
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: _special_token_text(self._data.tokenizer_config, name) or "" for name in names}
+        return self.encode(render_chat_template(self._data.chat_template, messages, tokens))
