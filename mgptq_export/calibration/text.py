@@ -1,0 +1,111 @@
+"""Calibration sequences: sampled from the model itself, or cut from text."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from mgptq_export.models import SourceModel
+from mgptq_export.recipe import Recipe
+from mgptq_runtime.errors import BadInputError, CalibrationError
+from mgptq_runtime.progress import track
+
+__all__ = ["calibration_tokens", "read_documents", "tokenize"]
+
+
+def read_documents(path: Path) -> list[str]:
+    """Documents of a ``.txt`` file (one) or a ``.jsonl`` file (field ``text`` of every line).
+
+    Raises:
+        BadInputError: unreadable, of another kind, or without text.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"text file {path} cannot be read: {error}") from error
+    if path.suffix == ".txt":
+        documents = [content]
+    elif path.suffix == ".jsonl":
+        try:
+            documents = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInputError(f"{path}: every line must be a JSON object with a field 'text' ({error})") from error
+    else:
+        raise BadInputError(f"{path}: text files end in .txt or .jsonl")
+    if not any(isinstance(document, str) and document.strip() for document in documents):
+        raise BadInputError(f"{path} holds no text")
+    return documents
+
+
+def tokenize(documents: list[str], tokenizer: Tokenizer) -> list[int]:
+    """Documents joined by a blank line, tokenized once without special tokens."""
+    return tokenizer.encode("\n\n".join(documents), add_special_tokens=False).ids
+
+
+def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
+    """The calibration set that the recipe asks for: int64 [samples, sequence_length].
+
+    Raises:
+        CalibrationError: the text is too short.
+        BadInputError: it cannot be read, or the model has no tokenizer.
+    """
+    limit = source.model.config.max_position_embeddings
+    if recipe.sequence_length > limit:
+        raise BadInputError(f"sequence length {recipe.sequence_length} is beyond the model's context of {limit} tokens")
+    generator = torch.Generator().manual_seed(recipe.seed)
+    if recipe.calibration == "self":
+        return sample_from_model(source, recipe.samples, recipe.sequence_length, generator)
+    path = Path(recipe.calibration)
+    documents = read_documents(path) if path.exists() or path.suffix else _hub_documents(recipe.calibration)
+    if source.tokenizer is None:
+        raise BadInputError(f"{source.source} has no tokenizer to calibrate with text; use --calibration self")
+    tokens = torch.tensor(tokenize(documents, source.tokenizer))
+    chunks = tokens.numel() // recipe.sequence_length
+    if chunks < recipe.samples:
+        raise CalibrationError(
+            f"{recipe.calibration} gives {tokens.numel()} tokens; {recipe.samples} samples of "
+            f"{recipe.sequence_length} need {recipe.samples * recipe.sequence_length}. "
+            "Give more text, fewer --samples, or --calibration self"
+        )
+    chosen = torch.randperm(chunks, generator=generator)[: recipe.samples]
+    return tokens[: chunks * recipe.sequence_length].view(chunks, -1)[chosen]
+
+
+def _hub_documents(name: str, documents: int = 1000) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise BadInputError(
+            f"calibration {name!r} is no file; to take it as a hub data set: pip install 'mgptq-export[hub]'"
+        ) from error
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        return [row["text"] for row, _ in zip(rows, range(documents), strict=False)]
+    except Exception as error:  # the library raises many kinds, all of which mean the same to a user
+        raise BadInputError(f"calibration {name!r} is neither a file nor a readable data set: {error}") from error
+
+
+@torch.no_grad()
+def sample_from_model(source: SourceModel, samples: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Sequences that the model itself writes, each from a random first token: int64 [samples, length].
+
+    Tokens are sampled at temperature 1. The end-of-sequence token is never sampled, so every sequence is full.
+    """
+    model = source.model
+    device = model.device
+    vocabulary = model.config.vocab_size
+    ended = model.config.eos_token_id
+    ended = [] if ended is None else [ended] if isinstance(ended, int) else list(ended)
+    tokens = torch.randint(vocabulary, (samples, 1), generator=generator)
+    cache = None
+    with track("Sampling calibration text", length - 1) as advance:
+        for _ in range(length - 1):
+            output = model(tokens[:, -1:].to(device), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits = output.logits[:, -1].float().cpu()
+            logits[:, ended] = float("-inf")
+            probabilities = torch.softmax(logits, -1)
+            tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], 1)
+            advance()
+    return tokens

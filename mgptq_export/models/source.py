@@ -1,0 +1,219 @@
+"""Loading the model to quantize: a Hugging Face folder or hub id, or a GGUF file."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar
+
+from mgptq_export.models import gguf_source
+from mgptq_export.models.family import GroupModules, family_of, groups_of
+from mgptq_runtime.errors import BadInputError, NumericalError
+from mgptq_runtime.quantized_model import QuantizedModel
+
+__all__ = ["SourceModel", "load_quantized_weights", "load_shape", "load_source"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SourceModel:
+    """A model to quantize, in float32 and evaluation mode.
+
+    Attributes:
+        name: for file names and titles.
+        source: what the user named.
+        family: a key of :data:`mgptq_export.models.FAMILIES`.
+        model: a transformers causal language model.
+        config: its ``config.json``.
+        tokenizer_folder: holds ``tokenizer.json`` and its companions.
+        tokenizer: the same, loaded; None where the source has none.
+    """
+
+    name: str
+    source: str
+    family: str
+    model: Any
+    config: Mapping[str, Any]
+    tokenizer_folder: Path
+    tokenizer: Tokenizer | None
+    _temporary: TemporaryDirectory | None = None
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
+        return list(self.model.model.layers)
+
+    def layer_groups(self, index: int) -> list[GroupModules]:
+        """Input groups of decoder layer ``index`` in forward order."""
+        return groups_of(self.family, self.model.model.layers[index], index)
+
+    def groups(self) -> list[GroupModules]:
+        """Input groups of all layers in forward order."""
+        return [group for index in range(len(self.model.model.layers)) for group in self.layer_groups(index)]
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix."""
+        return self.model.lm_head.weight is self.model.model.embed_tokens.weight
+
+
+def load_source(source: str, *, device: str = "cpu", trust_remote_code: bool = False) -> SourceModel:
+    """Load a model.
+
+    Args:
+        source: a Hugging Face folder, a GGUF file or a hub id.
+        device: where the model goes, a torch device.
+        trust_remote_code: run code that the model's folder brings.
+
+    Raises:
+        BadInputError: no model there, or no such device.
+        UnsupportedModelError: a model that is not supported.
+        NumericalError: a weight holds NaN or infinity.
+    """
+    disable_progress_bar()
+    path = _model_path(source, weights=True)
+    loaded = _load_gguf(path, source) if path.is_file() else _load_hugging_face(path, source, trust_remote_code)
+    _check_finite(loaded.model)
+    try:
+        loaded.model.requires_grad_(False).eval().to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInputError(f"device {device!r} cannot be used: {error}") from error
+    return loaded
+
+
+def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
+    """Load a model's configuration: as :func:`load_source`, on the ``meta`` device and without a tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    path = _model_path(source, weights=False)
+    config = gguf_source.read_gguf_config(gguf_source.open_gguf(path)) if path.is_file() else _read_config(path)
+    family = family_of(config)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config), trust_remote_code=trust_remote_code
+        )
+    return SourceModel(_model_name(source), source, family, model, config, path.parent, None)
+
+
+def _model_path(source: str, *, weights: bool) -> Path:
+    """The file or folder that a source names, fetched from the hub where it is an id."""
+    path = Path(source)
+    if path.is_file() or path.is_dir():
+        return path
+    if not _looks_like_hub_id(source):
+        raise BadInputError(
+            f"{source} is no model: give a folder with config.json and safetensors, a .gguf file, "
+            "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.jinja", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise BadInputError(
+            f"{source} is neither a folder or file here nor a model that the hub can give ({error})"
+        ) from error
+
+
+def _model_name(source: str) -> str:
+    name = Path(source).resolve().name
+    return name.removesuffix(".gguf").rsplit(".", 1)[0] if name.endswith(".gguf") else name
+
+
+def load_quantized_weights(source: SourceModel, quantized: QuantizedModel) -> None:
+    """Replace the model's weights by a quantized model's, dequantized.
+
+    Raises:
+        BadInputError: the quantized model is of another shape.
+    """
+    linears = {linear.name: linear for linear in quantized.linears()}
+    modules = {name: module for group in source.groups() for name, module in group.modules.items()}
+    shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
+    if shapes != {name: (linear.rows, linear.columns) for name, linear in linears.items()}:
+        raise BadInputError(f"{source.source} is not the model that was quantized: its layers have other shapes")
+    for name, module in modules.items():
+        module.weight.data.copy_(torch.from_numpy(linears[name].dequantize()))
+    source.model.model.embed_tokens.weight.data.copy_(torch.from_numpy(quantized.embedding.dequantize()))
+    if quantized.head is not None:
+        source.model.lm_head.weight.data.copy_(torch.from_numpy(quantized.head.dequantize()))
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    parts = source.split("/")
+    return len(parts) == 2 and all(part and not part.startswith(".") for part in parts) and "\\" not in source
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise NumericalError(f"weight {name} holds NaN or infinity; the model is damaged, download it again")
+
+
+def _load_gguf(path: Path, source: str) -> SourceModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    reader = gguf_source.open_gguf(path)
+    config = gguf_source.read_gguf_config(reader)
+    family = family_of(config)
+    temporary = TemporaryDirectory(prefix="mgptq-tokenizer-")
+    folder = Path(temporary.name)
+    gguf_source.write_gguf_tokenizer(path, reader, folder)
+    state = gguf_source.read_gguf_weights(reader, config)
+    try:
+        model: Any = LlamaForCausalLM.from_pretrained(
+            None, config=LlamaConfig.from_dict(dict(config)), state_dict=state, dtype=torch.float32
+        )
+    except (ValueError, RuntimeError) as error:
+        raise BadInputError(f"{path}: the weights do not fit the hyper-parameters ({error})") from error
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return SourceModel(_model_name(source), source, family, model, model.config.to_dict(), folder, tokenizer, temporary)
+
+
+def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool) -> SourceModel:
+    from transformers import AutoModelForCausalLM
+
+    config = _read_config(folder)
+    family = family_of(config)
+    if not list(folder.glob("*.safetensors")):
+        raise BadInputError(f"{folder} holds no .safetensors weights; pickled weights are not read, convert them first")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BadInputError(f"{folder} cannot be loaded: {error}") from error
+    tokenizer_file = folder / "tokenizer.json"
+    tokenizer = None
+    if tokenizer_file.is_file():
+        try:
+            tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise BadInputError(f"{tokenizer_file} cannot be read: {error}") from error
+    else:
+        logger.warning("%s has no tokenizer.json: packages will only take token ids", folder)
+    return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError as error:
+        raise BadInputError(f"{folder} holds no config.json: not a Hugging Face model folder") from error
+    except ValueError as error:
+        raise BadInputError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BadInputError(f"{folder / 'config.json'} is not a JSON object")
+    if "quantization_config" in config:
+        raise BadInputError(f"{folder} is quantized already; start from the original model")
+    return config

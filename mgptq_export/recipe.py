@@ -1,0 +1,55 @@
+"""What a quantization is asked for: the recipe that travels with the result."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mgptq_runtime.errors import BadInputError
+from mgptq_runtime.formats import FORMATS
+
+__all__ = ["ALLOCATORS", "Recipe"]
+
+ALLOCATORS = ("gnn", "hessian", "uniform")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Attributes:
+    bits: stored bits per linear weight: codes, scales, padding and permutations.
+    formats: what the allocator may choose from.
+    embedding_format: of the embedding and the head.
+    allocator: ``gnn``, ``hessian`` or ``uniform``.
+    calibration: ``self``, a file, or a hub data set.
+    samples, sequence_length: size of the calibration set, in sequences and tokens.
+    sensitivity_samples: sequences whose loss gradients weigh the layers against one another.
+    damping: of the Hessians, relative to the mean of their diagonal.
+    seed: of everything random.
+    training_steps: of the allocator network.
+    """
+
+    bits: float = 2.5
+    formats: tuple[str, ...] = tuple(FORMATS)
+    embedding_format: str = "b4"
+    allocator: str = "gnn"
+    calibration: str = "self"
+    samples: int = 16
+    sequence_length: int = 512
+    sensitivity_samples: int = 8
+    damping: float = 0.01
+    seed: int = 0
+    training_steps: int = 60
+
+    def __post_init__(self) -> None:
+        if self.allocator not in ALLOCATORS:
+            raise BadInputError(f"allocator {self.allocator!r} is unknown; choose from {', '.join(ALLOCATORS)}")
+        unknown = {*self.formats, self.embedding_format} - set(FORMATS)
+        if unknown or not self.formats:
+            raise BadInputError(f"formats {sorted(unknown)} are unknown; choose from {', '.join(FORMATS)}")
+        for name in ("samples", "sequence_length", "sensitivity_samples"):
+            if getattr(self, name) < 1:
+                raise BadInputError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if not self.damping > 0:
+            raise BadInputError(f"damping is {self.damping}, must be above 0")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return {**asdict(self), "formats": list(self.formats)}

@@ -1,0 +1,48 @@
+"""The formats' grids as the solver needs them."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from mgptq_runtime.formats import FORMATS
+
+__all__ = ["Grid", "grid_of"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Weights ``(step * c + offset) * d`` for codes ``c`` in ``0 .. levels - 1``.
+
+    ``extreme`` is the largest ``|step * c + offset|``; ``symmetric`` grids gain nothing from a negative scale.
+    """
+
+    levels: int
+    step: int
+    offset: int
+
+    @property
+    def extreme(self) -> int:
+        return max(-self.offset, self.step * (self.levels - 1) + self.offset)
+
+    @property
+    def symmetric(self) -> bool:
+        return -self.offset == self.step * (self.levels - 1) + self.offset
+
+    def round(self, ratio: torch.Tensor) -> torch.Tensor:
+        """Nearest grid values: any shape of ``weight / scale`` to the same shape of integers (as floats)."""
+        codes = ratio if self.step == 1 else (ratio - self.offset) / self.step
+        low = self.offset if self.step == 1 else 0
+        codes = codes.round().clamp_(low, low + self.levels - 1)
+        return codes if self.step == 1 else codes.mul_(self.step).add_(self.offset)
+
+    def codes(self, values: torch.Tensor) -> torch.Tensor:
+        """Codes (uint8) of grid values."""
+        return ((values - self.offset) / self.step).round().to(torch.uint8)
+
+
+@cache
+def grid_of(name: str) -> Grid:
+    """The grid of a format of :mod:`mgptq_runtime.formats`."""
+    fmt = FORMATS[name]
+    return Grid(fmt.levels, fmt.step, fmt.offset)
