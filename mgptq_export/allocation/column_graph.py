@@ -1,0 +1,117 @@
+"""The graph perceptual module's input: columns as nodes, the Cholesky factor as edges (MG-PTQ, arXiv 2501.18154)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch_geometric.data import Batch, Data
+
+from mgptq_export.allocation.problem import LinearProblem
+from mgptq_runtime.formats import BLOCK_COLUMNS
+
+__all__ = ["FEATURES", "ColumnGraph", "build_graphs"]
+
+NEIGHBOURS = 8
+FEATURES = 10
+
+
+@dataclass(frozen=True)
+class ColumnGraph:
+    """All linears' graphs as one, ready for the network.
+
+    Attributes:
+        features: float32 [nodes, FEATURES], independent of the model's size.
+        edge_index: int64 [2, edges], from neighbour to column.
+        edge_weight: float32 [edges], above 0 and at most 1.
+        block_of_node: int64 [nodes], the allocation unit that a column belongs to.
+        units: number of allocation units (blocks of all linears).
+    """
+
+    features: torch.Tensor
+    edge_index: torch.Tensor
+    edge_weight: torch.Tensor
+    block_of_node: torch.Tensor
+    units: int
+
+
+def build_graphs(linears: Sequence[LinearProblem]) -> ColumnGraph:
+    """Build every linear's column graph; linears of one input group share edges, and differ in their features."""
+    graphs, edges_of_factor = [], {}
+    first_unit = 0
+    sensitivities = torch.stack([linear.sensitivity.mean().log() for linear in linears])
+    centre, spread = sensitivities.mean(), sensitivities.std().clamp_min(1e-3) if len(linears) > 1 else 1.0
+    for linear, sensitivity in zip(linears, sensitivities, strict=True):
+        key = id(linear.factor)
+        if key not in edges_of_factor:
+            edges_of_factor[key] = strongest_edges(linear.factor.upper, NEIGHBOURS)
+        edge_index, edge_weight = edges_of_factor[key]
+        columns = linear.weight.shape[1]
+        graphs.append(
+            Data(
+                x=node_features(linear, (sensitivity - centre) / spread).cpu(),
+                edge_index=edge_index.cpu(),
+                edge_weight=edge_weight.cpu(),
+                block=torch.arange(columns) // BLOCK_COLUMNS + first_unit,
+            )
+        )
+        first_unit += linear.blocks
+    batch = Batch.from_data_list(graphs)
+    return ColumnGraph(batch.x, batch.edge_index, batch.edge_weight, batch.block, first_unit)
+
+
+def strongest_edges(upper: torch.Tensor, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns that compensate most for one another.
+
+    ``|U_ij| / U_ii`` is how much of column ``i``'s rounding error is passed on to the later column ``j``, here
+    relative to ``j``'s own scale ``U_jj``. Every column keeps its strongest neighbours in either direction.
+
+    Args:
+        upper: float32 [columns, columns].
+        neighbours: per column.
+
+    Returns:
+        edge_index int64 [2, columns * neighbours] and edge_weight float32.
+    """
+    diagonal = upper.diagonal()
+    coupling = upper.abs() / (diagonal[:, None] * diagonal[None, :]).sqrt()
+    coupling = torch.triu(coupling, diagonal=1)
+    coupling = coupling + coupling.t()
+    k = min(neighbours, max(upper.shape[0] - 1, 1))
+    weights, sources = coupling.topk(k, dim=1)
+    targets = torch.arange(upper.shape[0], device=upper.device)[:, None].expand_as(sources)
+    weights = weights / (1.0 + weights)
+    return torch.stack([sources.flatten(), targets.flatten()]), weights.flatten()
+
+
+def node_features(linear: LinearProblem, sensitivity: torch.Tensor) -> torch.Tensor:
+    """Features of a linear's columns: float32 [columns, FEATURES], logarithms relative to the linear's own mean."""
+    weight, upper = linear.weight, linear.factor.upper
+    columns = weight.shape[1]
+    energy = weight.square().mean(0)
+    weighted_energy = (weight.square() * linear.sensitivity[:, None]).mean(0)
+    peak = weight.abs().amax(0)
+    importance = upper.diagonal().pow(-2)
+    received = torch.triu(upper, diagonal=1).square().sum(0)
+    passed_on = torch.triu(upper, diagonal=1).square().sum(1) / upper.diagonal().square()
+    position = torch.arange(columns, device=weight.device) / columns
+    constant = torch.ones(columns, device=weight.device)
+    return torch.stack(
+        [
+            _relative_log(importance),
+            _relative_log(energy),
+            _relative_log(weighted_energy),
+            _relative_log(importance * weighted_energy),
+            torch.log1p(peak / energy.sqrt().clamp_min(1e-12)),
+            torch.log1p(received / upper.diagonal().square()),
+            torch.log1p(passed_on),
+            position,
+            constant * sensitivity,
+            constant * (linear.layer / linear.layers),
+        ],
+        dim=1,
+    ).float()
+
+
+def _relative_log(values: torch.Tensor) -> torch.Tensor:
+    logs = values.clamp_min(1e-20).log()
+    return (logs - logs.mean()) / 4.0
