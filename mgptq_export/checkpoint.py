@@ -1,9 +1,9 @@
 """The quantized checkpoint: the folder that the exporters read, and nothing else.
 
-    quantized/
-      config.json         the model's own configuration, and quantization_config: method, recipe, layout
-      model.safetensors   packed segments (uint8), permutations (int32), everything else in float32
-      tokenizer files     tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
+quantized/
+  config.json         the model's own configuration, and quantization_config: method, recipe, layout
+  model.safetensors   packed segments (uint8), permutations (int32), everything else in float32
+  tokenizer files     tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
 """
 
 import json
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mgptq_runtime.errors import PackageError
-from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+
+from mgptq_runtime.errors import PackageError
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
 

@@ -1,0 +1,45 @@
+"""Export targets: what each can hold, and who writes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mgptq_export.checkpoint import Checkpoint
+from mgptq_export.targets.container import write_container
+from mgptq_export.targets.onnx import export_onnx
+from mgptq_runtime.errors import BadInputError
+from mgptq_runtime.formats import FORMATS
+from mgptq_runtime.golden import GoldenVectors
+from mgptq_runtime.package import CONTAINER_FILE, ONNX_FOLDER
+
+__all__ = ["TARGETS", "Target", "target_named"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Attributes:
+    formats: storage formats that it holds, each for any run of 64-column blocks.
+    path: the file or folder in the package.
+    write: writes it, whole or not at all.
+    """
+
+    formats: tuple[str, ...]
+    path: str
+    write: Callable[[Checkpoint, GoldenVectors, Path], None]
+
+
+TARGETS: dict[str, Target] = {
+    "container": Target(tuple(FORMATS), CONTAINER_FILE, write_container),
+    "onnx": Target(tuple(FORMATS), ONNX_FOLDER, export_onnx),
+}
+
+
+def target_named(name: str) -> Target:
+    """Look a target up.
+
+    Raises:
+        BadInputError: no such target.
+    """
+    if name not in TARGETS:
+        raise BadInputError(f"target {name!r} is unknown; choose from {', '.join(TARGETS)}")
+    return TARGETS[name]

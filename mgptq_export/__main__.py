@@ -1,0 +1,3 @@
+from mgptq_export.cli import main
+
+main()

@@ -1,0 +1,320 @@
+"""The command ``mgptq-export``: thin shells over importable functions."""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from mgptq_export.recipe import ALLOCATORS, Recipe
+from mgptq_runtime.errors import MgptqError
+
+__all__ = ["cli", "main"]
+
+TARGET_NAMES = ("container", "onnx")
+
+
+def _split(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    unknown = [name for name in names if name not in TARGET_NAMES]
+    if unknown or not names:
+        raise click.BadParameter(f"{', '.join(unknown) or 'nothing'} given; choose from {', '.join(TARGET_NAMES)}")
+    return list(dict.fromkeys(names))
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+OUT = click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the package.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT, once the new package is complete.")
+TARGETS = click.option(
+    "--targets", default="container,onnx", show_default=True, callback=_split, help="Comma-separated targets."
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
+DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device, such as cpu or cuda.")
+THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings.")
+TEXT = _options(
+    click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window."),
+    click.option("--windows", type=click.IntRange(1), default=30, show_default=True, help="Windows to score."),
+)
+RECIPE = _options(
+    click.option(
+        "--bits",
+        type=float,
+        default=Recipe.bits,
+        show_default=True,
+        help="Stored bits per linear weight, all overheads counted.",
+    ),
+    click.option("--allocator", type=click.Choice(ALLOCATORS), default=Recipe.allocator, show_default=True),
+    click.option(
+        "--calibration",
+        default=Recipe.calibration,
+        show_default=True,
+        help="'self' (sampled from the model), a .txt or .jsonl file, or a hub data set.",
+    ),
+    click.option(
+        "--samples", type=click.IntRange(1), default=Recipe.samples, show_default=True, help="Calibration sequences."
+    ),
+    click.option(
+        "--sequence-length",
+        type=click.IntRange(2),
+        default=Recipe.sequence_length,
+        show_default=True,
+        help="Tokens per calibration sequence.",
+    ),
+    click.option("--seed", type=int, default=Recipe.seed, show_default=True),
+    click.option(
+        "--embedding-format",
+        default=Recipe.embedding_format,
+        show_default=True,
+        help="Storage format of embedding and head: b4 or b8.",
+        type=click.Choice(["b4", "b8"]),
+    ),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mgptq-export")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens inside, on stderr.")
+def cli(verbose: bool) -> None:
+    """Quantize language models below 3 bits, export them to edge devices, and prove the result there.
+
+    MODEL is a Hugging Face folder or hub id, or a GGUF file. PACKAGE is a folder written by 'run' or 'quantize'.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("mgptq_export").setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+@cli.command()
+@click.argument("model")
+@OUT
+@RECIPE
+@TARGETS
+@click.option("--evaluate", "text", type=click.Path(path_type=Path), help="Text file to compare with the original on.")
+@TEXT
+@DEVICE
+@THREADS
+@OVERWRITE
+@TRUST
+@JSON
+def run(
+    model: str,
+    out: Path,
+    targets: list[str],
+    text: Path | None,
+    window: int,
+    windows: int,
+    device: str,
+    threads: int | None,
+    overwrite: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+    **recipe: Any,
+) -> None:
+    """Quantize MODEL and export it: everything in one go."""
+    from mgptq_export import pipeline
+
+    _set_threads(threads)
+    manifest = pipeline.run(
+        model,
+        out,
+        Recipe(**recipe),
+        targets,
+        text=pipeline.EvaluationText(text, window, windows) if text else None,
+        device=device,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    _print_manifest(manifest, out, as_json)
+
+
+@cli.command()
+@click.argument("model")
+@OUT
+@RECIPE
+@DEVICE
+@THREADS
+@OVERWRITE
+@TRUST
+@JSON
+def quantize(
+    model: str,
+    out: Path,
+    device: str,
+    threads: int | None,
+    overwrite: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+    **recipe: Any,
+) -> None:
+    """Quantize MODEL into a package without targets; 'export' adds them."""
+    from mgptq_export import pipeline
+
+    _set_threads(threads)
+    manifest = pipeline.quantize_to(
+        model, out, Recipe(**recipe), device=device, overwrite=overwrite, trust_remote_code=trust_remote_code
+    )
+    _print_manifest(manifest, out, as_json)
+
+
+@cli.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@TARGETS
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write a new package. [default: extend PACKAGE]")
+@OVERWRITE
+@JSON
+def export(package: Path, targets: list[str], out: Path | None, overwrite: bool, as_json: bool) -> None:
+    """Export the quantized checkpoint of PACKAGE to targets."""
+    from mgptq_export import pipeline
+
+    _print_manifest(pipeline.export(package, targets, out, overwrite=overwrite), out or package, as_json)
+
+
+@cli.command("eval")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="The original model to compare with.")
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="A .txt or .jsonl file.")
+@TEXT
+@DEVICE
+@THREADS
+@JSON
+def evaluate(
+    package: Path,
+    model: str,
+    text: Path,
+    window: int,
+    windows: int,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Compare PACKAGE with the original model: the checkpoint, and each export through its own runtime."""
+    from mgptq_export import pipeline
+
+    _set_threads(threads)
+    evaluation = pipeline.evaluate_package(
+        package, model, pipeline.EvaluationText(text, window, windows), device=device
+    )
+    if as_json:
+        click.echo(json.dumps(evaluation))
+    else:
+        Console().print(_evaluation_table(evaluation))
+
+
+@cli.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@JSON
+def inspect(package: Path, as_json: bool) -> None:
+    """Show what PACKAGE holds and which linears got which bits."""
+    from mgptq_export.inspection import inspect_package
+
+    found = inspect_package(package)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    _print_manifest(found["manifest"], package, False)
+    table = Table("linear", "stored bits", *found["formats"], title="Weights by format")
+    for kind, row in found["kinds"].items():
+        total = sum(row["weights_by_format"].values())
+        shares = (f"{row['weights_by_format'].get(name, 0) / total:.1%}" for name in found["formats"])
+        table.add_row(kind, f"{row['bits_stored']:.3f}", *shares)
+    Console().print(table)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--bits", type=float, default=Recipe.bits, show_default=True)
+@click.option("--embedding-format", type=click.Choice(["b4", "b8"]), default=Recipe.embedding_format, show_default=True)
+@TARGETS
+@TRUST
+@JSON
+def plan(
+    model: str, bits: float, embedding_format: str, targets: list[str], trust_remote_code: bool, as_json: bool
+) -> None:
+    """Say what MODEL would become at --bits, without running anything."""
+    from mgptq_export.inspection import plan_model
+
+    planned = plan_model(
+        model, Recipe(bits=bits, embedding_format=embedding_format), targets, trust_remote_code=trust_remote_code
+    )
+    if as_json:
+        click.echo(json.dumps(planned))
+        return
+    table = Table("target", "bits it can reach", f"at {bits} bits", title=f"{planned['name']} ({planned['family']})")
+    for name, target in planned["targets"].items():
+        reach = f"{target['lowest_bits']:.2f} to {target['highest_bits']:.2f}"
+        size = f"{target['weight_bytes'] / 1e6:.1f} MB of weights" if target["reachable"] else "not reachable"
+        table.add_row(name, reach, size)
+    Console().print(table)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(manifest))
+        return
+    console = Console()
+    bits = manifest["bits"]
+    table = Table("file", "MB", title=f"{manifest['name']} in {out}")
+    for file in manifest["files"]:
+        table.add_row(file["path"], f"{file['bytes'] / 1e6:.2f}")
+    console.print(table)
+    console.print(f"stored bits per weight: {bits['stored']:.4f} (asked {bits['requested']})")
+    if manifest.get("evaluation"):
+        console.print(_evaluation_table(manifest["evaluation"]))
+
+
+def _evaluation_table(evaluation: dict[str, Any]) -> Table:
+    title = f"{evaluation['text']}, {evaluation['windows']} windows of {evaluation['window']} tokens"
+    table = Table("", "perplexity", "KL divergence", "top-1 agreement", title=title)
+    for name, quality in evaluation["results"].items():
+        table.add_row(
+            name,
+            f"{quality['perplexity']:.3f}",
+            f"{quality['kl_divergence']:.4f}",
+            f"{quality['top1_agreement']:.2%}",
+        )
+    return table
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    # As an exception, so that temporary folders are removed on the way out.
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    """Entry point: errors that a user can meet end with one message and exit code 1."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except MgptqError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)

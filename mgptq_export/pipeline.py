@@ -1,0 +1,328 @@
+"""From a model to a package: quantize, export, check, evaluate, and the manifest that tells it all."""
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgptq_export.calibration import read_documents, tokenize
+from mgptq_export.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_windows, torch_scorer
+from mgptq_export.golden import make_golden
+from mgptq_export.models import SourceModel, load_quantized_weights, load_source
+from mgptq_export.quantize import quantize
+from mgptq_export.recipe import Recipe
+from mgptq_export.targets import TARGETS, target_named
+from mgptq_runtime.backends import Backend
+from mgptq_runtime.check import DEFAULT_BOUNDS
+from mgptq_runtime.errors import BadInputError, OutputExistsError, PackageError
+from mgptq_runtime.formats import FORMATS
+from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
+from mgptq_runtime.package import open_package
+from mgptq_runtime.progress import track
+
+__all__ = ["EvaluationText", "evaluate_package", "export", "quantize_to", "read_manifest", "run"]
+
+MANIFEST_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+CHECKPOINT_FOLDER = "quantized"
+GOLDEN_FILE = "golden.npz"
+VERSIONED = ("mgptq-export", "mgptq-runtime", "torch", "transformers", "numpy", "onnx", "onnxruntime", "gguf")
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Text to measure perplexity on: a file, cut into the first ``windows`` windows of ``window`` tokens."""
+
+    path: Path
+    window: int = 512
+    windows: int = 30
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling that becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputExistsError: ``out`` exists and may not be replaced; an old one survives until the new one is complete.
+        BadInputError: nothing can be written there.
+    """
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"{out} exists; choose another folder, or pass --overwrite to replace it")
+    if out.exists() and not _is_ours(out):
+        raise OutputExistsError(f"{out} is not a folder that this program wrote; --overwrite will not replace it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise BadInputError(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        partial.chmod(0o755)
+        yield partial
+        _replace_folder(partial, out)
+    except OSError as error:
+        raise BadInputError(f"writing {out} failed: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_ours(out: Path) -> bool:
+    return out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))
+
+
+def _replace_folder(new: Path, out: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    out.rename(old / out.name)
+    try:
+        new.rename(out)
+    except OSError:
+        (old / out.name).rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def run(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    targets: Sequence[str],
+    *,
+    text: EvaluationText | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Quantize a model once and export it to all targets.
+
+    Args:
+        model: a Hugging Face folder or hub id, or a GGUF file.
+        out: the package's folder.
+        targets: keys of :data:`mgptq_export.targets.TARGETS`.
+        text: what to evaluate on; None to leave evaluation out.
+        device: a torch device.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        MgptqError: see :mod:`mgptq_runtime.errors`; nothing is left behind.
+    """
+    formats_for(recipe, targets)
+    with new_folder(out, overwrite) as folder:
+        source = load_source(model, device=device, trust_remote_code=trust_remote_code)
+        windows = _windows(source, text) if text else None
+        original = copy.deepcopy(source.model) if text else None
+        checkpoint, golden = _quantize_into(folder / CHECKPOINT_FOLDER, source, formats_for(recipe, targets))
+        _export_into(folder, checkpoint, golden, targets)
+        manifest = _write_manifest(folder, checkpoint, targets, None)
+        if text and windows is not None:
+            scorers = {"checkpoint": torch_scorer(source.model), **_package_scorers(folder)}
+            quality = evaluate(windows, torch_scorer(original), scorers)
+            manifest = _write_manifest(folder, checkpoint, targets, _evaluation_json(text, quality))
+        return manifest
+
+
+def quantize_to(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Quantize a model into a package without targets; :func:`export` adds them. See :func:`run`."""
+    return run(model, out, recipe, [], device=device, overwrite=overwrite, trust_remote_code=trust_remote_code)
+
+
+def export(
+    package: Path, targets: Sequence[str], out: Path | None = None, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Export the checkpoint of a package to targets, beside those that it has.
+
+    Args:
+        package: a folder written by :func:`run` or :func:`quantize_to`.
+        out: another folder for the result; None to extend ``package`` itself, which survives a failure unchanged.
+
+    Returns:
+        the manifest.
+    """
+    known = read_manifest(package)
+    checkpoint = read_checkpoint(package / CHECKPOINT_FOLDER)
+    used = {segment.format for linear in checkpoint.model.linears() for segment in linear.segments}
+    for target in targets:
+        missing = used - set(target_named(target).formats)
+        if missing:
+            raise BadInputError(f"target {target} cannot hold formats {', '.join(sorted(missing))}; quantize for it")
+    with new_folder(out or package, overwrite or out is None) as folder:
+        shutil.copytree(package, folder, dirs_exist_ok=True)
+        for target in targets:
+            _remove(folder / target_named(target).path)
+        _export_into(folder, checkpoint, read_golden(package / CHECKPOINT_FOLDER / GOLDEN_FILE), targets)
+        every = [name for name in TARGETS if name in {*known["targets"], *targets}]
+        return _write_manifest(folder, checkpoint, every, known.get("evaluation"))
+
+
+def evaluate_package(package: Path, model: str, text: EvaluationText, *, device: str = "cpu") -> dict[str, Any]:
+    """Compare a package's checkpoint and every backend that it runs on with the original model.
+
+    Returns:
+        JSON values: the text and windows, and the quality by name (``original``, ``checkpoint``, ``numpy``, ...).
+    """
+    checkpoint = read_checkpoint(package / CHECKPOINT_FOLDER)
+    source = load_source(model, device=device)
+    windows = _windows(source, text)
+    original = copy.deepcopy(source.model)
+    load_quantized_weights(source, checkpoint.model)
+    scorers = {"checkpoint": torch_scorer(source.model), **_package_scorers(package)}
+    return _evaluation_json(text, evaluate(windows, torch_scorer(original), scorers))
+
+
+def formats_for(recipe: Recipe, targets: Sequence[str]) -> Recipe:
+    """The recipe with only those formats that every target holds.
+
+    Raises:
+        BadInputError: an unknown target, or targets with no format in common.
+    """
+    formats = recipe.formats
+    for target in targets:
+        formats = tuple(fmt for fmt in formats if fmt in target_named(target).formats)
+    if not formats:
+        raise BadInputError(
+            f"targets {', '.join(targets)} have none of the formats {', '.join(recipe.formats)} in common"
+        )
+    return replace(recipe, formats=formats)
+
+
+def read_manifest(package: Path) -> dict[str, Any]:
+    """``manifest.json`` of a package.
+
+    Raises:
+        PackageError: there is none that can be read.
+    """
+    try:
+        manifest = json.loads((package / MANIFEST_FILE).read_text())
+        if manifest["format_version"] != MANIFEST_VERSION:
+            raise PackageError(f"{package}: manifest version {manifest['format_version']} is not {MANIFEST_VERSION}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PackageError(
+            f"{package} is no package ({error}); make one with: mgptq-export run MODEL -o OUT"
+        ) from error
+    return manifest
+
+
+def _windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
+    if source.tokenizer is None:
+        raise BadInputError(f"{source.source} has no tokenizer, so text cannot be evaluated; leave --evaluate out")
+    return evaluation_windows(tokenize(read_documents(text.path), source.tokenizer), text.window, text.windows)
+
+
+def _quantize_into(folder: Path, source: SourceModel, recipe: Recipe) -> tuple[Checkpoint, GoldenVectors]:
+    result = quantize(source, recipe)
+    checkpoint = write_checkpoint(
+        folder,
+        result.model,
+        name=source.name,
+        config=source.config,
+        recipe=recipe.to_json(),
+        tokenizer_folder=source.tokenizer_folder,
+    )
+    golden = make_golden(source.model, result.tokens)
+    write_golden(folder / GOLDEN_FILE, golden)
+    return checkpoint, golden
+
+
+def _export_into(folder: Path, checkpoint: Checkpoint, golden: GoldenVectors, targets: Sequence[str]) -> None:
+    with track("Exporting", len(targets)) as advance:
+        for target in targets:
+            target_named(target).write(checkpoint, golden, folder / target_named(target).path)
+            advance()
+
+
+def _package_scorers(package: Path) -> dict[str, Scorer]:
+    opened = open_package(package)
+    scorers = {}
+    for name in opened.backends:
+        levels = {"onnx": 4, "onnx_exact": 0} if name == "onnx" else {name: 4}
+        for label, level in levels.items():
+            scorers[label] = _backend_scorer(opened.backend(name, accuracy_level=level))
+    return scorers
+
+
+def _backend_scorer(backend: Backend) -> Scorer:
+    return lambda tokens: torch.from_numpy(backend.forward(tokens.numpy(), backend.new_cache()))[0]
+
+
+def _evaluation_json(text: EvaluationText, quality: dict[str, Quality]) -> dict[str, Any]:
+    return {
+        "text": text.path.name,
+        "text_sha256": hashlib.sha256(text.path.read_bytes()).hexdigest(),
+        "window": text.window,
+        "windows": text.windows,
+        "results": {name: value.to_json() for name, value in quality.items()},
+    }
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_manifest(
+    folder: Path, checkpoint: Checkpoint, targets: Sequence[str], evaluation: dict[str, Any] | None
+) -> dict[str, Any]:
+    quantization = checkpoint.config["quantization_config"]
+    model = checkpoint.model
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+    used: Counter[str] = Counter()
+    for linear in model.linears():
+        for segment in linear.segments:
+            used[segment.format] += linear.rows * segment.columns
+    manifest = {
+        "format_version": MANIFEST_VERSION,
+        "name": checkpoint.name,
+        "family": model.family,
+        "bits": {
+            "requested": quantization["recipe"]["bits"],
+            "stored": model.bits_stored,
+            "linear_weights": model.linear_weights,
+            "weights_by_format": {name: used[name] for name in FORMATS if used[name]},
+        },
+        "targets": list(targets),
+        "recipe": quantization["recipe"],
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in VERSIONED},
+        },
+        "files": [
+            {
+                "path": path.relative_to(folder).as_posix(),
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+            for path in paths
+        ],
+        "check": {"bounds": {name: asdict(bounds) for name, bounds in DEFAULT_BOUNDS.items()}},
+        "evaluation": evaluation,
+    }
+    temporary = folder / f".{MANIFEST_FILE}"
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    temporary.replace(folder / MANIFEST_FILE)
+    return manifest

@@ -1,0 +1,130 @@
+"""Write the ONNX package."""
+
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from mgptq_export.checkpoint import TOKENIZER_FILES, Checkpoint
+from mgptq_export.targets.onnx.builder_graph import build_float_graph
+from mgptq_export.targets.onnx.constant_shapes import declare_constant_shapes
+from mgptq_export.targets.onnx.external_data import externalize
+from mgptq_export.targets.onnx.families import family_named
+from mgptq_export.targets.onnx.operators import DOMAIN, OPSET, VERSION, operators
+from mgptq_export.targets.onnx.standard_norms import standardize_norms
+from mgptq_export.targets.onnx.swap_embedding import swap_embedding
+from mgptq_export.targets.onnx.swap_linears import swap_linears
+from mgptq_runtime.errors import OutputExistsError, UnsupportedModelError
+from mgptq_runtime.golden import GoldenVectors, write_golden
+from mgptq_runtime.quantized_model import InputGroup, QuantizedModel
+
+__all__ = ["EXACT_MODEL", "GOLDEN", "MODEL", "WEIGHTS", "export_onnx"]
+
+logger = logging.getLogger(__name__)
+
+MODEL = "model.onnx"
+EXACT_MODEL = "model.exact.onnx"
+WEIGHTS = "model.onnx.data"
+GOLDEN = "golden.npz"
+
+# 11 holds opset 23; newer runtimes read it, and the checker knows it.
+IR_VERSION = 11
+FAST_LEVEL, EXACT_LEVEL = 4, 0
+
+
+def _head_group(model: QuantizedModel) -> InputGroup:
+    """The head as an input group; a tied one is the embedding again, under its own name."""
+    head = model.head or replace(model.embedding, name="output")
+    return InputGroup(head.name, head.permutation, (head,))
+
+
+def _quantized_graph(checkpoint: Checkpoint, graph_model: ir.Model) -> ir.Model:
+    """Swap the matrices of the family's float graph for packed ones, in place."""
+    family, quantized = family_named(checkpoint.model.family), checkpoint.model
+    head = _head_group(quantized)
+    node_names = {linear.name: family.node_name(linear.name) for linear in quantized.linears()}
+    node_names[head.linears[0].name] = family.head
+    graph = graph_model.graph
+    declare_constant_shapes(graph)
+    standardize_norms(graph)
+    swap_embedding(graph, quantized.embedding, family.embedding)
+    swap_linears(graph, (*quantized.groups, head), node_names)
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="mgptq-export")
+    model.opset_imports.update({"": OPSET, "com.microsoft": 1, DOMAIN: VERSION})
+    return model
+
+
+def _set_operators(model: ir.Model, accuracy_level: int) -> None:
+    used = {node.op_identifier() for node in model.graph}
+    model.functions.clear()
+    for function in operators(accuracy_level):
+        if function.identifier() in used:
+            model.functions[function.identifier()] = function
+
+
+def _save(model: ir.Model, folder: Path) -> None:
+    """Write both graphs onto one file of weights."""
+    externalize(model.graph, folder / WEIGHTS)
+    for name, accuracy_level in ((MODEL, FAST_LEVEL), (EXACT_MODEL, EXACT_LEVEL)):
+        _set_operators(model, accuracy_level)
+        ir.save(model, folder / name)
+
+
+def _fix_genai_config(config: dict[str, Any], model: QuantizedModel) -> dict[str, Any]:
+    """Check the builder's configuration against the checkpoint."""
+    if config["model"]["vocab_size"] != model.embedding.rows:
+        raise UnsupportedModelError(
+            f"the configuration says {config['model']['vocab_size']} tokens, the embedding has {model.embedding.rows}"
+        )
+    return config
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path, context_length: int) -> None:
+    for name in TOKENIZER_FILES:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("model_max_length", 0) > context_length:
+            # Hugging Face writes 1e30 for "no limit", an integer that readers in C++ refuse.
+            config["model_max_length"] = context_length
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def export_onnx(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path) -> None:
+    """Write the package for ONNX Runtime and onnxruntime-genai.
+
+    ``model.onnx`` (int8 activations, what genai loads), ``model.exact.onnx`` (float32 activations, to check and to
+    evaluate), ``model.onnx.data`` (the weights of both), ``genai_config.json``, the checkpoint's tokenizer files and
+    ``golden.npz``. The same checkpoint gives the same bytes. The folder appears when it is complete.
+
+    Args:
+        checkpoint: what to export; its folder holds the tokenizer files.
+        golden: vectors to put beside the model.
+        folder: where to; must not exist.
+
+    Raises:
+        OutputExistsError: ``folder`` exists.
+        UnsupportedModelError: a family or a configuration that cannot be exported.
+    """
+    if folder.exists():
+        raise OutputExistsError(f"{folder} exists; remove it or choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch_name:
+        scratch = Path(scratch_name)
+        graph_model, genai_config = build_float_graph(checkpoint, scratch / "builder")
+        package = scratch / "package"
+        package.mkdir()
+        _save(_quantized_graph(checkpoint, graph_model), package)
+        genai_config = _fix_genai_config(genai_config, checkpoint.model)
+        (package / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
+        _write_tokenizer(checkpoint, package, genai_config["model"]["context_length"])
+        write_golden(package / GOLDEN, golden)
+        package.rename(folder)
+    logger.info("wrote %s", folder)

@@ -1,0 +1,152 @@
+"""The command mgptq-run: exit codes, JSON and messages."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner, Result
+from golden_package import TEXT, make_container, make_tokenizer_folder, sign, write_manifest
+
+from mgptq_runtime.cli import cli
+from synthetic import random_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("package")
+    make_container(folder, random_llama(), tokenizer_folder=make_tokenizer_folder(folder / "tokenizer"))
+    write_manifest(folder, ["model.mgptq.gguf"])
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def run_json(*arguments: object) -> dict:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def test_check_passes_and_prints_its_numbers(folder):
+    values = run_json("check", folder)
+    assert values["passed"] is True and values["backend"] == "numpy"
+    assert values["max_abs_difference"] <= 1e-3 and values["top1_agreement"] == 1.0
+    assert abs(values["kl_divergence"]) <= 1e-6
+    assert [entry["backend"] for entry in values["backends"]] == ["numpy"]
+    assert "PASSED" in run("check", folder / "model.mgptq.gguf").stdout
+
+
+def test_check_of_other_weights_than_were_packed_exits_with_1(folder, tmp_path):
+    path = tmp_path / "changed.gguf"
+    path.write_bytes((folder / "model.mgptq.gguf").read_bytes())
+    from mgptq_runtime.container import read_container
+
+    start = path.read_bytes().index(read_container(path).model.groups[0].linears[0].segments[0].data.tobytes())
+    data = bytearray(path.read_bytes())
+    data[start + 1] ^= 0x04
+    path.write_bytes(data)
+    result = run("check", path)
+    assert result.exit_code == 1
+    assert "damaged or changed" in result.stderr
+    sign(path)
+    result = run("check", path, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["passed"] is False
+    assert "FAILED" in run("check", path).stdout
+
+
+def test_generate_streams_the_text_that_json_gives(folder):
+    options = ("--prompt", "The quick", "--max-tokens", 12)
+    values = run_json("generate", folder, *options)
+    assert len(values["tokens"]) <= 12 and values["backend"] == "numpy"
+    assert run("generate", folder, *options).stdout == values["text"] + "\n"
+
+
+def test_generate_applies_the_chat_template(folder):
+    plain = run_json("generate", folder, "--prompt", "Hi", "--max-tokens", 1)
+    assert (
+        run_json("generate", folder, "--prompt", "Hi", "--max-tokens", 1, "--chat")["prompt_tokens"]
+        > plain["prompt_tokens"]
+    )
+
+
+def test_perplexity_prints_its_numbers(folder):
+    values = run_json("perplexity", folder, "--text", folder / "text.txt", "--window", 64, "--windows", 3)
+    assert values["perplexity"] > 1 and values["tokens"] == 96 and values["backend"] == "numpy"
+
+
+def test_bench_prints_its_numbers(folder):
+    values = run_json("bench", folder, "--threads", 1, "--prompt-tokens", 8, "--decode-tokens", 4)
+    for key in ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_rss_bytes"):
+        assert values[key] > 0
+
+
+def test_info_prints_one_object(folder):
+    assert run_json("info", folder)["family"] == "llama"
+    assert "bits_stored" in run("info", folder).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check"],
+        ["nonsense"],
+        ["check", "x", "--backend", "tpu"],
+        ["check", "x", "--accuracy-level", "2"],
+        ["generate", "x"],
+        ["bench", "x", "--threads", "0"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["check", "bench", "info"])
+def test_a_failure_is_one_message_on_stderr_and_exit_code_1(tmp_path, command):
+    result = run(command, tmp_path / "missing", "--json")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ") and "Traceback" not in result.stderr
+
+
+def test_text_needs_a_tokenizer(tmp_path):
+    result = run("generate", make_container(tmp_path, random_llama()), "--prompt", "x")
+    assert result.exit_code == 1
+    assert "has no tokenizer" in result.stderr
+
+
+def test_an_interrupt_exits_with_130(folder, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mgptq_runtime.info.describe", interrupt)
+    assert run("info", folder).exit_code == 130
+
+
+def test_the_installed_module_runs_and_imports_nothing_of_the_workstation(folder):
+    """In a process of its own, since the tests themselves import torch."""
+    script = (
+        "import sys\n"
+        "from mgptq_runtime.cli import cli\n"
+        f"cli(['check', {str(folder)!r}, '--json'], standalone_mode=False)\n"
+        "import mgptq_runtime.backends.onnx_backend, mgptq_runtime.bench, mgptq_runtime.generate\n"
+        "import mgptq_runtime.info, mgptq_runtime.perplexity\n"
+        "workstation = {'torch', 'transformers', 'mgptq_export', 'gguf', 'onnx'}\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & workstation))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert json.loads(first)["passed"] is True
+    assert second == "[]"
+
+
+def test_python_dash_m_runs_the_command(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "mgptq_runtime", "info", str(folder)], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")

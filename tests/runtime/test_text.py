@@ -1,0 +1,106 @@
+"""Tokens, streaming and chat templates."""
+
+import json
+import time
+
+import pytest
+from golden_package import TEXT, make_tokenizer_folder
+
+from mgptq_runtime.chat_template import render_chat_template
+from mgptq_runtime.errors import BadInputError, PackageError
+from mgptq_runtime.tokenizer import TextTokenizer, TokenizerData
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory) -> str:
+    return (make_tokenizer_folder(tmp_path_factory.mktemp("t") / "tokenizer") / "tokenizer.json").read_text()
+
+
+def tokenizer(tokenizer_json: str, **changes) -> TextTokenizer:
+    values = {
+        "tokenizer_json": tokenizer_json,
+        "tokenizer_config": {"eos_token": {"content": "<|end|>"}},
+        "generation_config": {},
+        "chat_template": None,
+    }
+    return TextTokenizer(TokenizerData(**(values | changes)), 512)
+
+
+def test_text_survives_encoding(tokenizer_json):
+    text = tokenizer(tokenizer_json)
+    assert text.decode(text.encode(TEXT)) == TEXT
+
+
+def test_streamed_pieces_are_whole_characters_and_join_to_the_text(tokenizer_json):
+    text = tokenizer(tokenizer_json)
+    unseen = "🐢 ünïcödé Ω 漢字\n  two  spaces"
+    pieces = list(text.decode_stream(text.encode(unseen)))
+    assert "".join(pieces) == unseen
+    assert not any("�" in piece for piece in pieces)
+    assert len(pieces) > 5
+
+
+def test_a_stream_that_ends_inside_a_character_ends(tokenizer_json):
+    text = tokenizer(tokenizer_json)
+    assert "".join(text.decode_stream(text.encode("🐢")[:2])).strip("�") == ""
+
+
+@pytest.mark.parametrize(("listed", "expected"), [(None, {1}), (5, {1, 5}), ([5, 6], {1, 5, 6})])
+def test_eos_tokens_come_from_both_configurations(tokenizer_json, listed, expected):
+    assert tokenizer(tokenizer_json, generation_config={"eos_token_id": listed}).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("broken", ["{}", "null", "not json", '{"model": {"type": "BPE", "vocab": {"a": -1}}}'])
+def test_a_broken_tokenizer_is_a_typed_error(broken):
+    with pytest.raises(PackageError, match="tokenizer cannot be used"):
+        tokenizer(broken)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer_json):
+    data = TokenizerData(tokenizer_json, {}, {}, None)
+    with pytest.raises(PackageError, match="the model's vocabulary ends at 99"):
+        TextTokenizer(data, 100)
+
+
+def test_chat_without_a_template_says_the_way_out(tokenizer_json):
+    with pytest.raises(BadInputError, match="without --chat"):
+        tokenizer(tokenizer_json).encode_chat(MESSAGES)
+
+
+def test_chat_applies_the_template_and_its_special_tokens(tokenizer_json):
+    text = tokenizer(
+        tokenizer_json, chat_template="{% for m in messages %}<|start|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    ids = text.encode_chat(MESSAGES)
+    assert (ids[0], ids[-1]) == (0, 1)
+    assert text.decode(ids) == "Hi"
+
+
+def test_a_template_sees_what_hugging_face_templates_use():
+    template = "{{ messages | tojson }} {%- for m in messages %}{% if loop.first %}{% break %}{% endif %}{% endfor %}"
+    assert json.loads(render_chat_template(template, MESSAGES, {})) == MESSAGES
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ raise_exception('no') }}",
+        "{% for",
+        "{% include '/etc/passwd' %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ '%0999999999d' | format(1) }}",
+        "{% for i in range(90000) %}{{ 'x' * 100 }}{% endfor %}",
+        "{{ 7 ** (10 ** 9) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_hostile_template_is_a_typed_error_in_bounded_time(template):
+    start = time.monotonic()
+    with pytest.raises(PackageError, match="chat template"):
+        render_chat_template(template, MESSAGES, {})
+    assert time.monotonic() - start < 10
