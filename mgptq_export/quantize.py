@@ -28,7 +28,16 @@ from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel
 
-__all__ = ["Calibration", "Quantization", "allocate", "budget_range", "calibrate", "quantize", "solve"]
+__all__ = [
+    "Calibration",
+    "Quantization",
+    "allocate",
+    "budget_range",
+    "calibrate",
+    "quantize",
+    "round_to_nearest",
+    "solve",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +225,7 @@ def solve(
 
     Embedding and head come first, so that every layer sees the embedding that will be stored.
     """
-    embedding, head = _solve_embedding(source, calibration, recipe)
+    embedding, head = _solve_embedding(source, calibration.statistics.head_hessian, recipe)
     orders = _orders(calibration, permuted)
     groups = []
     with torch.no_grad():
@@ -229,6 +238,29 @@ def solve(
                     groups.append(_solve_group(group, hessians[group.name], orders[group.name], allocation, recipe))
                 states = [_layer_output(layer, state, arguments) for state in states]
                 advance()
+    return _quantized_model(source, groups, embedding, head)
+
+
+def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> QuantizedModel:
+    """The yardstick: every weight rounded on its own, one format throughout, nothing calibrated."""
+    plain = {}
+    for group in source.groups():
+        plain[group.columns] = torch.eye(group.columns, device=source.model.device)
+    groups = []
+    with torch.no_grad():
+        for group in source.groups():
+            order = torch.arange(group.columns, device=source.model.device)
+            blocks = padded_columns(group.columns) // BLOCK_COLUMNS
+            formats = dict.fromkeys(group.modules, (fmt,) * blocks)
+            groups.append(_solve_group(group, plain[group.columns], order, formats, recipe))
+        identity = torch.eye(source.model.lm_head.in_features, device=source.model.device)
+        embedding, head = _solve_embedding(source, identity, recipe)
+    return _quantized_model(source, groups, embedding, head)
+
+
+def _quantized_model(
+    source: SourceModel, groups: list[InputGroup], embedding: QuantizedLinear, head: QuantizedLinear | None
+) -> QuantizedModel:
     family = FAMILIES[source.family]
     return QuantizedModel(
         source.family,
@@ -268,7 +300,7 @@ def _replace_weight(module: nn.Module, linear: QuantizedLinear) -> None:
 
 
 def _solve_embedding(
-    source: SourceModel, calibration: Calibration, recipe: Recipe
+    source: SourceModel, hessian: torch.Tensor, recipe: Recipe
 ) -> tuple[QuantizedLinear, QuantizedLinear | None]:
     """Embedding and head; a tied matrix is solved once, as the head, whose error counts for every token."""
     model = source.model
@@ -280,7 +312,6 @@ def _solve_embedding(
         solution = solve_blockwise(weight.detach().float(), factor.upper, [(slice(0, weight.shape[0]), formats)])
         return pack_linear(name, solution.values, solution.scales, formats, columns, None)
 
-    hessian = calibration.statistics.head_hessian
     natural = torch.arange(hessian.shape[0], device=hessian.device)
     factor = factorize(hessian, natural, recipe.damping, "output")
     plain = factorize(torch.eye(hessian.shape[0], device=hessian.device), natural, recipe.damping, "token_embd")

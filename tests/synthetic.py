@@ -1,6 +1,7 @@
 """Small models that the tests make."""
 
 import numpy as np
+
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
 
@@ -17,7 +18,7 @@ def random_linear(
             fmt = FORMATS[formats[start]]
             codes = rng.integers(0, fmt.levels, (rows, (i - start) * BLOCK_COLUMNS)).astype(np.uint8)
             spread = np.std(fmt.values()) * np.sqrt(columns)
-            scales = (rng.choice([-1.0, 1.0], (rows, i - start)) * rng.uniform(0.5, 1.5, (rows, i - start)) / spread)
+            scales = rng.choice([-1.0, 1.0], (rows, i - start)) * rng.uniform(0.5, 1.5, (rows, i - start)) / spread
             segments.append(Segment(fmt.name, fmt.pack(codes, scales.astype(np.float16))))
             start = i
     return QuantizedLinear(name, rows, columns, tuple(segments), permutation)

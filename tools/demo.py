@@ -47,9 +47,7 @@ def report(manifest: dict[str, Any], checks: dict[str, Any], answer: str, source
         sizes.add_row(name, f"{size / 1e6:.1f}")
     quality = Table("", "perplexity", "KL divergence", "top-1 agreement", title="Python's documentation")
     for name, row in manifest["evaluation"]["results"].items():
-        quality.add_row(
-            name, f"{row['perplexity']:.2f}", f"{row['kl_divergence']:.3f}", f"{row['top1_agreement']:.1%}"
-        )
+        quality.add_row(name, f"{row['perplexity']:.2f}", f"{row['kl_divergence']:.3f}", f"{row['top1_agreement']:.1%}")
     proof = Table("backend", "passed", "largest difference of logits", "top-1 agreement", title="Check")
     for row in checks["backends"]:
         proof.add_row(

@@ -3,7 +3,6 @@
 Rows are solved independently of one another, so a sample of them estimates a linear's error without bias.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +113,12 @@ def _solve_block(
 
 
 def _stack(problem: AllocationProblem, width: int) -> _Stack:
-    units, factor_of, uppers, importance, weights, sensitivities = [], [], [], [], [], []
+    units: list[torch.Tensor] = []
+    factor_of: list[int] = []
+    uppers: list[torch.Tensor] = []
+    importance: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+    sensitivities: list[torch.Tensor] = []
     known: dict[int, int] = {}
     first = 0
     for linear in problem.linears:
@@ -129,5 +133,5 @@ def _stack(problem: AllocationProblem, width: int) -> _Stack:
             weights.append(weight)
             sensitivities.append(linear.sensitivity)
         first += linear.blocks
-    stacked: Sequence[torch.Tensor] = [torch.stack(x) for x in (units, uppers, importance)]
+    stacked = [torch.stack(parts) for parts in (units, uppers, importance)]
     return _Stack(stacked[0], torch.tensor(factor_of), stacked[1], stacked[2], weights, sensitivities)

@@ -6,7 +6,11 @@ import shutil
 import numpy as np
 import onnxruntime_genai as og
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from mgptq_export.checkpoint import Checkpoint
+from mgptq_export.targets.onnx import export_onnx
 from mgptq_runtime.backends.onnx_backend import OnnxBackend
 from mgptq_runtime.errors import BadInputError, PackageError
 
@@ -177,3 +181,26 @@ def test_external_data_cannot_escape_the_package(package, tmp_path):
     (package / "model.onnx").write_bytes(graph.replace(b"model.onnx.data", b"../weights.data"))
     with pytest.raises(PackageError, match=r"model\.onnx"):
         OnnxBackend(package)
+
+
+def test_genai_uses_the_packages_tokenizer(exported, golden, tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "the cat and the hat and the bat"
+    tokenizer.train_from_iterator([text], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=10**30
+    ).save_pretrained(tmp_path / "quantized")
+    checkpoint = Checkpoint(tmp_path / "quantized", exported.model, exported.checkpoint.config)
+    export_onnx(checkpoint, golden, tmp_path / "onnx")
+    config = json.loads((tmp_path / "onnx" / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == exported.model.hyperparameters["context_length"]
+    model = og.Model(str(tmp_path / "onnx"))
+    assert og.Tokenizer(model).encode(text).tolist() == tokenizer.encode(text).ids

@@ -1,6 +1,9 @@
 """The ONNX Runtime backend: runs a package of the ONNX target."""
 
+import contextlib
+import ctypes
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,13 @@ def _session_options(threads: int | None) -> ort.SessionOptions:
     return options
 
 
+def _return_freed_memory() -> None:
+    """Give what loading has freed back to the system; glibc would keep it for this process."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def _open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -125,13 +135,14 @@ class OnnxBackend:
         model = ACCURACY_LEVELS[accuracy_level]
         _check_files(folder, model)
         self._session = _open_session(folder / model, _session_options(threads))
+        _return_freed_memory()
         self._check_interface(folder / model)
 
     def _cache_names(self, prefix: str) -> list[str]:
         return [f"{prefix}.{layer}.{kind}" for layer in range(self._shape.layers) for kind in ("key", "value")]
 
     def _check_interface(self, path: Path) -> None:
-        """Bound buffers are written unchecked, so the graph must say the same shapes as the configuration."""
+        """A graph and a configuration that do not belong together are refused here, not in the middle of a run."""
         shape = self._shape
         inputs = {value.name: (value.type, value.shape) for value in self._session.get_inputs()}
         outputs = {value.name: (value.type, value.shape) for value in self._session.get_outputs()}
@@ -190,14 +201,11 @@ class OnnxBackend:
         if total > self.context_length:
             raise BadInputError(f"{total} tokens are more than the model's context of {self.context_length}")
         self._reserve(cache, total)
+        if cache.batch == 1 or cache.length == 0:
+            return self._run(token_ids, cache)
         # ONNX Runtime's attention extends a filled cache by several tokens for a single sequence only.
-        one_by_one = cache.batch > 1 and cache.length > 0
-        steps = np.split(token_ids, token_ids.shape[1], axis=1) if one_by_one else [token_ids]
-        return (
-            np.concatenate([self._run(step, cache) for step in steps], axis=1)
-            if len(steps) > 1
-            else (self._run(steps[0], cache))
-        )
+        steps = [self._run(step, cache) for step in np.split(token_ids, token_ids.shape[1], axis=1)]
+        return np.concatenate(steps, axis=1)
 
     def _run(self, token_ids: np.ndarray, cache: OnnxCache) -> np.ndarray:
         total = cache.length + token_ids.shape[1]
@@ -217,7 +225,10 @@ class OnnxBackend:
             binding.bind_input(past, **where)
             binding.bind_output(present, **where)
         binding.bind_output("logits", "cpu")
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # as in _open_session
+            raise PackageError(f"ONNX Runtime {ort.__version__} cannot run the package: {error}") from error
         cache.length = total
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
         return logits

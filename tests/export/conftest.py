@@ -1,0 +1,83 @@
+"""Tiny models and packages that the workstation's tests share; each is made once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+from mgptq_export import pipeline
+from mgptq_export.models import SourceModel, load_source
+from mgptq_export.quantize import Quantization, quantize
+from mgptq_export.recipe import Recipe
+
+# Whole blocks of 64 columns, and enough of them for a fine-grained budget.
+EVEN = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+RECIPE = Recipe(samples=4, sequence_length=64, sensitivity_samples=2, training_steps=3)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def even_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied Llama whose layers fill whole blocks."""
+    return tiny_models.write_llama(tmp_path_factory.mktemp("models") / "even", **EVEN)
+
+
+@pytest.fixture(scope="session")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untied Llama none of whose sizes is a multiple of 64."""
+    return tiny_models.write_llama(tmp_path_factory.mktemp("models") / "odd", tie_word_embeddings=False)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model after :func:`mgptq_export.quantize.quantize`, which has replaced its weights."""
+
+    source: SourceModel
+    result: Quantization
+
+
+@pytest.fixture(scope="session")
+def even_quantized(even_model: Path) -> Quantized:
+    source = load_source(str(even_model))
+    return Quantized(source, quantize(source, RECIPE))
+
+
+@pytest.fixture(scope="session")
+def odd_quantized(odd_model: Path) -> Quantized:
+    source = load_source(str(odd_model))
+    return Quantized(source, quantize(source, RECIPE))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(tiny_models.text(20_000))
+    return path
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package with both targets, and the manifest that :func:`mgptq_export.pipeline.run` returned."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    model: Path
+    text: pipeline.EvaluationText
+
+
+@pytest.fixture(scope="session", params=["even", "odd"])
+def package(request: pytest.FixtureRequest, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """A complete package, with evaluation. Tests only read it."""
+    model = request.getfixturevalue(f"{request.param}_model")
+    text = pipeline.EvaluationText(text_file, window=64, windows=3)
+    folder = tmp_path_factory.mktemp("packages") / request.param
+    manifest = pipeline.run(str(model), folder, RECIPE, ["container", "onnx"], text=text)
+    return Package(folder, manifest, model, text)
