@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mgptq_export.calibration import read_documents, tokenize
 from mgptq_export.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
@@ -71,7 +72,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         partial.chmod(0o755)
         yield partial
         _replace_folder(partial, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise BadInputError(f"writing {out} failed: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -42,6 +42,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BITS_WINDOW = 0.05
+SEQUENCES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -161,15 +162,12 @@ def allocate(source: SourceModel, calibration: Calibration, recipe: Recipe) -> t
         the allocation, and whether columns are permuted (not where the budget has no room for permutations).
     """
     groups = source.groups()
-    weights = sum(m.weight.numel() for group in groups for m in group.modules.values())
+    modules = [module for group in groups for module in group.modules.values()]
+    weights = sum(module.out_features * module.in_features for module in modules)
+    padded = sum(module.out_features * padded_columns(module.in_features) for module in modules)
     permutations = sum(_permutation_bits(group.columns) for group in groups if _is_permuted(group))
-    smallest = min(FORMATS[name].block_bytes for name in recipe.formats) * 8
     room = int(recipe.bits * weights)
-    least = sum(
-        m.out_features * padded_columns(m.in_features) // BLOCK_COLUMNS * smallest
-        for group in groups
-        for m in group.modules.values()
-    )
+    least = padded * min(FORMATS[name].bits_per_weight for name in recipe.formats)
     permuted = least + permutations <= room and not _is_one_format(source, recipe)
     problem = AllocationProblem(
         linears=list(_linear_problems(source, calibration, permuted, recipe)),
@@ -182,17 +180,19 @@ def allocate(source: SourceModel, calibration: Calibration, recipe: Recipe) -> t
         allocation = allocate_by_hessian(problem)
     else:
         allocation = allocate_uniformly(problem)
+    delivered = (problem.stored_bits(allocation) + (permutations if permuted else 0)) / weights
+    if delivered <= recipe.bits - BITS_WINDOW:
+        raise BudgetError(
+            f"{recipe.bits} stored bits per weight cannot be met closely: blocks of this model are so coarse that "
+            f"{delivered:.4f} is the most that fits; ask for that"
+        )
     return allocation, permuted
 
 
 def _is_one_format(source: SourceModel, recipe: Recipe) -> bool:
     """Whether ``uniform`` comes out even without permutations: then it is the plain method, one format throughout."""
-    if recipe.allocator != "uniform":
-        return False
-    low, _ = budget_range(source, recipe.formats[:1])
-    padding = low / FORMATS[recipe.formats[0]].bits_per_weight
-    exact = [FORMATS[name].bits_per_weight * padding for name in recipe.formats]
-    return any(abs(bits - recipe.bits) < 1e-9 for bits in exact)
+    exact = [budget_range(source, (name,))[0] for name in recipe.formats]
+    return recipe.allocator == "uniform" and any(abs(bits - recipe.bits) < 1e-9 for bits in exact)
 
 
 def _orders(calibration: Calibration, permuted: bool) -> Mapping[str, torch.Tensor]:
@@ -331,7 +331,7 @@ class _StopForward(Exception):
 
 
 def _first_layer_inputs(source: SourceModel, tokens: torch.Tensor) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Hidden states [1, sequence, hidden] that enter the first layer, and the arguments that every layer gets."""
+    """Hidden states [batch, sequence, hidden] that enter the first layer, and the arguments that every layer gets."""
     states: list[torch.Tensor] = []
     arguments: dict[str, Any] = {}
 
@@ -342,9 +342,9 @@ def _first_layer_inputs(source: SourceModel, tokens: torch.Tensor) -> tuple[list
 
     handle = source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        for sequence in tokens:
+        for batch in tokens.split(SEQUENCES_AT_ONCE):
             try:
-                source.model(sequence[None].to(source.model.device), use_cache=False)
+                source.model(batch.to(source.model.device), use_cache=False)
             except _StopForward:
                 continue
     finally:

@@ -36,7 +36,7 @@ class Recipe:
     sensitivity_samples: int = 8
     damping: float = 0.01
     seed: int = 0
-    training_steps: int = 60
+    training_steps: int = 40
 
     def __post_init__(self) -> None:
         if self.allocator not in ALLOCATORS:

@@ -48,14 +48,15 @@ class Row:
 def rows(seeds: int) -> Iterator[Row]:
     """All rows of the first seed; for the other seeds those whose spread is asked for."""
     yield Row("fp32", None, 0)
+    for bits, fmt in CODE_BITS.items():
+        yield Row(f"rounding {fmt}", bits + 0.25, 0)
     for seed in range(seeds):
         for bits, fmt in CODE_BITS.items():
-            if seed == 0:
-                yield Row(f"rounding {fmt}", bits + 0.25, seed)
             if seed == 0 or bits + 0.25 in SEEDED_BITS:
                 yield Row(f"uniform GPTQ {fmt}", bits + 0.25, seed)
-        for method in ("hessian", "gnn"):
-            yield from (Row(method, bits, seed) for bits in (STORED_BITS if seed == 0 else SEEDED_BITS))
+        for bits in STORED_BITS if seed == 0 else SEEDED_BITS:
+            yield Row("hessian", bits, seed)
+            yield Row("gnn", bits, seed)
 
 
 class Bench:

@@ -16,6 +16,7 @@ Allocation = dict[str, tuple[str, ...]]
 """The format of every block, by linear."""
 
 COST_CANDIDATES = 6
+LARGE_ERROR_FACTOR = 5.0
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,25 @@ class AllocationProblem:
             for linear, chosen in self.split(choice)
         }
 
+    def stored_bits(self, allocation: Allocation) -> int:
+        """Bits that all blocks take."""
+        return sum(linear.block_bits(fmt) for linear in self.linears for fmt in allocation[linear.name])
+
+    def energies(self) -> torch.Tensor:
+        """What every block would lose if it were dropped, on the scale of :meth:`costs`: float64 [units]."""
+        table = []
+        for linear in self.linears:
+            weight, _, importance = linear.padded()
+            weighted = (weight.square() * importance).view(linear.rows, linear.blocks, BLOCK_COLUMNS).double().sum(-1)
+            table.append((weighted * linear.sensitivity.double()[:, None]).sum(0).cpu())
+        return torch.cat(table)
+
     def costs(self) -> torch.Tensor:
         """Estimated increase of the model's loss by every block in every format: float64 [units, formats].
 
         ``sum_r F_r sum_c (w - q)^2 / U_cc^2`` over the rows and columns of a block, rounding to nearest: GPTQ's
-        error of the layer, its rows weighted by the Fisher information of the linear's outputs.
+        error of the layer, its rows weighted by the Fisher information of the linear's outputs; then
+        :func:`beyond_quadratic`.
         """
         table = []
         with track("Estimating what each block loses", len(self.linears)) as advance:
@@ -104,4 +119,17 @@ class AllocationProblem:
                 weighted = torch.stack(errors, -1).double() * linear.sensitivity.double()[:, None, None]
                 table.append(weighted.sum(0).cpu())
                 advance()
-        return torch.cat(table)
+        return beyond_quadratic(torch.cat(table), self.energies())
+
+
+def beyond_quadratic(errors: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:
+    """Correct quadratic estimates for errors that are large beside the block itself.
+
+    The Fisher information is the curvature at the original weights; the further a block is moved, the more the loss
+    exceeds it. Measured on a development text, this factor makes one-bit blocks as rare as they should be.
+
+    Args:
+        errors: float64 [units, formats].
+        energies: float64 [units], see :meth:`AllocationProblem.energies`.
+    """
+    return errors * (1.0 + LARGE_ERROR_FACTOR * errors / energies.clamp_min(1e-300)[:, None])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mgptq_export.allocation.problem import AllocationProblem
+from mgptq_export.allocation.problem import AllocationProblem, beyond_quadratic
 from mgptq_export.solver import grid_of, search_scales
 from mgptq_runtime.formats import BLOCK_COLUMNS
 
@@ -41,6 +41,7 @@ class Rollout:
         self._formats = problem.formats
         self._rows = rows
         self._generator = generator
+        self._energies = problem.energies()
         self._units = sum(linear.blocks for linear in problem.linears)
         self._stacks = [_stack(problem, width) for width in sorted({x.weight.shape[1] for x in problem.linears})]
 
@@ -56,7 +57,7 @@ class Rollout:
         result = torch.zeros(self._units, len(self._formats), dtype=torch.float64)
         for stack in self._stacks:
             result[stack.units] = self._run(stack, choice[stack.units])
-        return result
+        return beyond_quadratic(result, self._energies)
 
     def _sample(self, stack: _Stack) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [linears, rows, columns] and what their errors count for [linears, rows]."""

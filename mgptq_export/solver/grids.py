@@ -29,12 +29,20 @@ class Grid:
     def symmetric(self) -> bool:
         return -self.offset == self.step * (self.levels - 1) + self.offset
 
+    def nearest(self, ratio: torch.Tensor) -> torch.Tensor:
+        """Nearest values of the grid continued without end: any shape of ``weight / scale``, to integers as floats."""
+        if self.step == 1:
+            return ratio.round()
+        return ((ratio - self.offset) / self.step).round_().mul_(self.step).add_(self.offset)
+
+    def clip(self, values: torch.Tensor, *, mirrored: bool = False) -> torch.Tensor:
+        """Values of the endless grid, cut to this grid, or to its mirror image for the same weights at ``-scale``."""
+        low, high = self.offset, self.step * (self.levels - 1) + self.offset
+        return values.clamp(-high, -low) if mirrored else values.clamp(low, high)
+
     def round(self, ratio: torch.Tensor) -> torch.Tensor:
-        """Nearest grid values: any shape of ``weight / scale`` to the same shape of integers (as floats)."""
-        codes = ratio if self.step == 1 else (ratio - self.offset) / self.step
-        low = self.offset if self.step == 1 else 0
-        codes = codes.round().clamp_(low, low + self.levels - 1)
-        return codes if self.step == 1 else codes.mul_(self.step).add_(self.offset)
+        """Nearest grid values of any shape of ``weight / scale``."""
+        return self.clip(self.nearest(ratio))
 
     def codes(self, values: torch.Tensor) -> torch.Tensor:
         """Codes (uint8) of grid values."""

@@ -33,15 +33,18 @@ def search_scales(
     largest = weight.abs().amax(-1).clamp_min(1e-7) / grid.extreme
     best_gain = torch.full_like(energy, -1.0)
     best_scale = largest.clone()
-    for sign in (1.0,) if grid.symmetric else (1.0, -1.0):
-        for ratio in torch.linspace(low, high, candidates or default).tolist():
-            values = grid.round(weight / (largest * (sign * ratio)).unsqueeze(-1))
+    for ratio in torch.linspace(low, high, candidates or default).tolist():
+        nearest = grid.nearest(weight / (largest * ratio).unsqueeze(-1))
+        # A negative scale is the mirrored grid.
+        for sign in (1.0,) if grid.symmetric else (1.0, -1.0):
+            values = grid.clip(nearest, mirrored=sign < 0)
             cross = (weighted * values).sum(-1)
-            norm = (importance * values.square_()).sum(-1)
-            gain = torch.where(norm > 0, cross * cross / norm.clamp_min(1e-30), 0.0)
+            norm = (importance * values.square_()).sum(-1).clamp_min_(1e-30)
+            scale = cross / norm
+            gain = cross * scale
             better = gain > best_gain
             best_gain = torch.where(better, gain, best_gain)
-            best_scale = torch.where(better & (norm > 0), cross / norm.clamp_min(1e-30), best_scale)
+            best_scale = torch.where(better, scale * sign, best_scale)
     scales = representable(best_scale, largest)
     return scales, (energy - best_gain).clamp_min_(0.0)
 

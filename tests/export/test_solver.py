@@ -67,7 +67,9 @@ def dequantized(values: torch.Tensor, scales: torch.Tensor, columns: int) -> tor
     return (values * scales.repeat_interleave(BLOCK_COLUMNS, 1))[:, :columns]
 
 
-@pytest.mark.parametrize("columns, formats", [(192, ["b4", "b3", "b2"]), (128, ["b8", "b1"]), (150, ["b3", "b2", "b1"])])
+@pytest.mark.parametrize(
+    "columns, formats", [(192, ["b4", "b3", "b2"]), (128, ["b8", "b1"]), (150, ["b3", "b2", "b1"])]
+)
 def test_the_solution_is_textbook_gptqs(columns, formats):
     hessian, weight = hessian_of(activations(columns)).float(), random_weight(columns)
     damping = 0.01
@@ -120,20 +122,19 @@ def test_compensation_beats_rounding(fmt):
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS)
 def test_padding_changes_nothing(fmt):
-    """Columns 70 to 127 do not exist: one run pads them, the other has real columns there that nothing reads."""
+    """A last block of 6 real columns: its scales fit these alone, and the block before it never notices."""
     upper = factorize(hessian_of(activations(70)), natural(70), 0.01, "group").upper
     weight = random_weight(70)
     padded = solve_blockwise(weight, upper, [(slice(0, ROWS), [fmt] * 2)])
     assert padded.values.shape == (ROWS, 128)
-    importance = upper.diagonal().pow(-2)
     first = solve_blockwise(weight[:, :64], upper[:64, :64], [(slice(0, ROWS), [fmt])])
     assert torch.equal(padded.values[:, :64], first.values) and torch.equal(padded.scales[:, :1], first.scales)
+    assert torch.equal(padded.block_errors[:, :1], first.block_errors)
     errors = (weight[:, :64] - dequantized(first.values, first.scales, 64)).double()
     scaled = torch.linalg.solve_triangular(upper[:64, :64].double(), errors, upper=True, left=False)
     compensated = (weight[:, 64:].double() - scaled @ upper[:64, 64:].double()).float()
-    scales, _ = search_scales(compensated, importance[64:], grid_of(fmt))
+    scales, _ = search_scales(compensated, upper.diagonal()[64:].pow(-2), grid_of(fmt))
     assert torch.allclose(padded.scales[:, 1], scales, rtol=2e-3)
-    assert torch.allclose(padded.block_errors[:, :1], first.block_errors)
 
 
 def test_dead_columns_leave_the_others_alone():
@@ -142,14 +143,13 @@ def test_dead_columns_leave_the_others_alone():
     hessian = hessian_of(inputs).float()
     factor = factorize(hessian, natural(128), 0.01, "group")
     assert factor.dead.nonzero().flatten().tolist() == [3, 77] and factor.attempts == 1
-    weight, other = random_weight(128), random_weight(128)
-    other[:, 3] *= 0.5
-    formats = [(slice(0, ROWS), ["b8", "b2"])]
     off_diagonal = factor.upper - torch.diag(factor.upper.diagonal())
     assert not off_diagonal[[3, 77]].any() and not off_diagonal[:, [3, 77]].any()
-    solution, changed = solve_blockwise(weight, factor.upper, formats), solve_blockwise(other, factor.upper, formats)
-    assert torch.isfinite(solution.block_errors).all()
-    assert torch.equal(solution.values[:, 64:], changed.values[:, 64:])
+    living = [j for j in range(128) if j not in (3, 77)]
+    diagonal = hessian.diagonal()[living].mean()
+    alone = torch.linalg.inv(hessian[living][:, living].double() + 0.01 * diagonal * torch.eye(126))
+    upper = factor.upper[living][:, living].double()
+    assert torch.allclose(upper.t() @ upper, alone, rtol=1e-3, atol=1e-3 * float(alone.diagonal().max()))
 
 
 def test_the_factor_is_of_the_permuted_damped_inverse():
@@ -196,14 +196,13 @@ def test_a_hopeless_hessian_is_an_error():
 
 
 def brute_force_error(weight: torch.Tensor, importance: torch.Tensor, fmt: str) -> torch.Tensor:
-    """The least error over 4000 scales, the best of its neighbours' closed forms included: float64 [rows]."""
+    """The least error over 2000 scales, each improved in closed form for its grid values: float64 [rows]."""
     weight, importance = weight.double(), importance.double()
-    levels = torch.from_numpy(FORMATS[fmt].values()).double()
     largest = weight.abs().amax(-1)
+    extreme = float(np.abs(FORMATS[fmt].values()).max())
     best = torch.full_like(largest, torch.inf)
-    for sign in (1.0, -1.0):
-        for ratio in torch.linspace(0.05, 1.6, 1000).double():
-            scale = sign * ratio * largest / levels.abs().max()
+    for ratio in torch.linspace(0.05, 1.6, 1000).double():
+        for scale in (ratio * largest / extreme, -ratio * largest / extreme):
             values, _ = nearest(weight, scale[:, None].expand_as(weight), fmt)
             refined = (importance * weight * values).sum(-1) / (importance * values * values).sum(-1).clamp_min(1e-30)
             errors = (importance * (weight - refined[:, None] * values).square()).sum(-1)
@@ -211,21 +210,32 @@ def brute_force_error(weight: torch.Tensor, importance: torch.Tensor, fmt: str) 
     return best
 
 
-@pytest.mark.parametrize("fmt", ALL_FORMATS)
+def error_at(weight: torch.Tensor, importance: torch.Tensor, scales: torch.Tensor, fmt: str) -> torch.Tensor:
+    values, _ = nearest(weight.double(), scales.double()[:, None].expand_as(weight), fmt)
+    return (importance.double() * (weight.double() - scales.double()[:, None] * values).square()).sum(-1)
+
+
+@pytest.mark.parametrize("fmt", ["b1", "b2", "b3", "b4"])
 def test_searched_scales_lose_hardly_more_than_the_best(fmt):
     weight = random_weight(64, rows=40)
     importance = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(3)))
     scales, claimed = search_scales(weight, importance, grid_of(fmt))
-    values, _ = nearest(weight.double(), scales.double()[:, None].expand_as(weight), fmt)
-    error = (importance.double() * (weight.double() - scales.double()[:, None] * values).square()).sum(-1)
-    best = brute_force_error(weight, importance, fmt) if fmt != "b8" else None
-    if best is not None:
-        assert error.sum() <= 1.02 * best.sum()
-    assert torch.allclose(claimed.double(), error, rtol=0.02)
+    error = error_at(weight, importance, scales, fmt)
+    assert error.sum() <= 1.02 * brute_force_error(weight, importance, fmt).sum()
+    assert torch.allclose(claimed.double(), error, rtol=0.03)
+
+
+def test_b8_scales_lose_next_to_nothing():
+    """Too little for the last 2 % to matter, or to be more than float16 scales cost."""
+    weight, importance = random_weight(64, rows=40), torch.ones(64)
+    scales, claimed = search_scales(weight, importance, grid_of("b8"))
+    error = error_at(weight, importance, scales, "b8")
+    assert (error / weight.double().square().sum(-1)).max() < 1e-4
+    assert torch.allclose(claimed.double(), error, rtol=0.15)
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS)
-@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e-6, 1.0, 1e6, 1e30])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e-6, 1.0, 1e6, 1e15])
 def test_scales_are_float16_values_and_never_zero(fmt, magnitude):
     scales, errors = search_scales(random_weight(64) * magnitude, torch.ones(64), grid_of(fmt))
     assert torch.equal(scales, scales.half().float())
@@ -243,8 +253,6 @@ def test_packed_linears_hold_the_solution_bit_for_bit(formats):
     linear = pack_linear("blk.0.attn_q", solution.values, solution.scales, formats, columns, permutation)
     expected = np.empty((ROWS, columns), np.float32)
     expected[:, permutation] = dequantized(solution.values, solution.scales, columns).numpy()
-    assert np.array_equal(linear.dequantize().view(np.uint32), (expected + 0.0).view(np.uint32)) or np.array_equal(
-        linear.dequantize(), expected
-    )
+    assert np.array_equal(linear.dequantize(), expected)
     runs = [fmt for i, fmt in enumerate(formats) if i == 0 or formats[i - 1] != fmt]
     assert [segment.format for segment in linear.segments] == runs

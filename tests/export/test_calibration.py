@@ -1,0 +1,205 @@
+"""What calibration measures, against plain NumPy and plain autograd, which are trusted."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+from conftest import RECIPE
+
+from mgptq_export.calibration import calibration_tokens, collect_statistics, read_documents, tokenize
+from mgptq_export.calibration.statistics import HessianAccumulator
+from mgptq_export.models import SourceModel, load_source
+from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
+
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def source(odd_model) -> SourceModel:
+    return load_source(str(odd_model))
+
+
+@pytest.fixture(scope="module")
+def tokens(source) -> torch.Tensor:
+    return torch.randint(331, (3, 24), generator=torch.Generator().manual_seed(5))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def inputs_of(source: SourceModel, module: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """All activations that a module reads: float64 [tokens, columns]."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2).double()))
+    with torch.no_grad():
+        source.model(tokens)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def test_hessian_is_twice_the_mean_outer_product():
+    activations = torch.randn(5, 7, 12, generator=generator())
+    accumulator = HessianAccumulator(12, torch.device("cpu"))
+    for batch in activations:
+        accumulator.add(batch)
+    x = activations.reshape(-1, 12).double().t()
+    assert torch.allclose(accumulator.hessian.double(), 2 / 35 * x @ x.t(), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_every_input_group_gets_the_hessian_of_its_input(source, tokens, layer):
+    statistics = collect_statistics(source, tokens, 1, generator())
+    block = source.model.model.layers[layer]
+    modules = {
+        "attn_qkv": block.self_attn.v_proj,
+        "attn_output": block.self_attn.o_proj,
+        "ffn_gate_up": block.mlp.up_proj,
+        "ffn_down": block.mlp.down_proj,
+    }
+    for name, module in modules.items():
+        x = inputs_of(source, module, tokens)
+        found = statistics.groups[f"blk.{layer}.{name}"].hessian.double()
+        assert torch.allclose(found, 2 / len(x) * x.t() @ x, rtol=1e-4, atol=1e-5 * float(found.abs().max()))
+    x = inputs_of(source, source.model.lm_head, tokens)
+    assert torch.allclose(statistics.head_hessian.double(), 2 / len(x) * x.t() @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_sensitivity_is_the_mean_squared_gradient_of_the_sampled_loss(odd_model, tokens):
+    """The oracle adds a zero to every linear's output, and asks autograd for the gradient of that zero."""
+    source = load_source(str(odd_model))
+    statistics = collect_statistics(source, tokens, 2, generator(3))
+    names = {name: module for group in source.groups() for name, module in group.modules.items()}
+    labels = generator(3)
+    expected = {name: torch.zeros(module.out_features) for name, module in names.items()}
+    for sequence in tokens[:2]:
+        zeros, handles = {}, []
+        for name, module in names.items():
+            zeros[name] = torch.zeros(1, len(sequence), module.out_features, requires_grad=True)
+            handles.append(module.register_forward_hook(lambda module, inputs, output, z=zeros[name]: output + z))
+        logits = source.model(sequence[None]).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=labels)
+        loss = -logits.log_softmax(-1).gather(1, drawn).sum()
+        for name, gradient in zip(names, torch.autograd.grad(loss, [zeros[name] for name in names]), strict=True):
+            expected[name] += gradient[0].square().sum(0) / (2 * tokens.shape[1])
+        for handle in handles:
+            handle.remove()
+    for group in statistics.groups.values():
+        for name, found in group.sensitivity.items():
+            assert torch.allclose(found, expected[name], rtol=1e-3, atol=1e-7), name
+
+
+def test_measuring_leaves_no_hooks_and_no_gradients(source, tokens):
+    collect_statistics(source, tokens, 1, generator())
+    assert all(parameter.grad is None for parameter in source.model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in source.model.modules())
+
+
+def test_activations_that_overflow_are_an_error(odd_model, tokens):
+    source = load_source(str(odd_model))
+    source.model.model.layers[1].mlp.down_proj.weight.data.fill_(1e38)
+    with pytest.raises(NumericalError, match="NaN or infin"):
+        collect_statistics(source, tokens, 1, generator())
+
+
+def test_self_calibration_is_full_sequences_without_end_of_text(source):
+    recipe = replace(RECIPE, samples=6, sequence_length=40)
+    tokens = calibration_tokens(source, recipe)
+    assert tokens.shape == (6, 40) and tokens.dtype == torch.int64
+    assert tokens.min() >= 0 and tokens.max() < 331
+    assert EOS not in tokens[:, 1:]
+    assert torch.equal(tokens, calibration_tokens(source, recipe))
+    assert not torch.equal(tokens, calibration_tokens(source, replace(recipe, seed=1)))
+
+
+def test_self_calibration_never_writes_an_end_of_text_that_the_model_insists_on(odd_model):
+    source = load_source(str(odd_model))
+    # A head that answers every state with end-of-text, whichever sign its one feature has.
+    source.model.lm_head.weight.data.zero_()
+    source.model.lm_head.weight.data[EOS] = 100.0
+    source.model.lm_head.weight.data[7] = -100.0
+    source.model.config.eos_token_id = [EOS, 7]
+    tokens = calibration_tokens(source, replace(RECIPE, samples=8, sequence_length=30))
+    assert not {EOS, 7} & set(tokens[:, 1:].flatten().tolist())
+
+
+def test_text_calibration_is_cut_from_the_text(source, text_file):
+    recipe = replace(RECIPE, calibration=str(text_file), samples=5, sequence_length=32)
+    tokens = calibration_tokens(source, recipe)
+    whole = tokenize([text_file.read_text()], source.tokenizer)
+    chunks = {tuple(whole[i : i + 32]) for i in range(0, len(whole) - 31, 32)}
+    assert tokens.shape == (5, 32)
+    assert {tuple(sample.tolist()) for sample in tokens} <= chunks
+    assert torch.equal(tokens, calibration_tokens(source, recipe))
+    assert not torch.equal(tokens, calibration_tokens(source, replace(recipe, seed=1)))
+
+
+def test_text_too_short_says_how_much_there_is_and_how_much_is_needed(source, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("A few words only.")
+    available = len(tokenize(["A few words only."], source.tokenizer))
+    recipe = replace(RECIPE, calibration=str(path), samples=3, sequence_length=50)
+    with pytest.raises(CalibrationError, match=rf"gives {available} tokens; .* need 150\b"):
+        calibration_tokens(source, recipe)
+
+
+def test_a_sequence_beyond_the_context_is_refused(source):
+    with pytest.raises(BadInputError, match=r"257 .* context of 256"):
+        calibration_tokens(source, replace(RECIPE, sequence_length=257))
+
+
+def test_text_without_a_tokenizer_is_refused(odd_model, text_file):
+    source = load_source(str(odd_model))
+    source.tokenizer = None
+    with pytest.raises(BadInputError, match="no tokenizer"):
+        calibration_tokens(source, replace(RECIPE, calibration=str(text_file)))
+
+
+def test_jsonl_documents_are_joined_by_a_blank_line(source, tmp_path):
+    path = tmp_path / "two.jsonl"
+    path.write_text(json.dumps({"text": "First é."}) + "\n\n" + json.dumps({"text": "Second."}) + "\n")
+    documents = read_documents(path)
+    assert documents == ["First é.", "Second."]
+    assert tokenize(documents, source.tokenizer) == tokenize(["First é.\n\nSecond."], source.tokenizer)
+
+
+def test_a_txt_file_is_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("One.\n\nTwo.\n")
+    assert read_documents(path) == ["One.\n\nTwo.\n"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b'{"text": "x"}\nnot json\n', "field 'text'"),
+        ("a.jsonl", b'{"words": "x"}\n', "field 'text'"),
+        ("a.jsonl", b"[1]\n", "field 'text'"),
+        ("a.jsonl", b'{"text": 5}\n', "text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', "text"),
+        ("a.jsonl", b"", "holds no text"),
+        ("a.txt", b" \n\n", "holds no text"),
+        ("a.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("a.csv", b"x,y", r"end in \.txt or \.jsonl"),
+        ("missing.txt", None, "cannot be read"),
+    ],
+)
+def test_unusable_text_files_are_refused(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadInputError, match=message):
+        read_documents(path)
+
+
+def test_json_lines_end_at_newlines_only(tmp_path):
+    """JSON allows U+2028 and its like inside a string, so a line of JSON may hold them unescaped."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\u2028two\x85three"}\n', encoding="utf-8")
+    assert read_documents(path) == ["one\u2028two\x85three"]
+
+
+def test_prose_is_long_enough_for_these_tests():
+    assert len(tiny_models.text(20_000)) == 20_000

@@ -1,0 +1,153 @@
+"""What only a real model shows: sizes, quality, agreement of the runtimes and memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai
+import pytest
+import torch
+
+from mgptq_export.checkpoint import read_checkpoint
+from mgptq_export.models import load_quantized_weights, load_source
+from mgptq_export.targets.onnx import read_onnx_weights
+from mgptq_runtime.package import open_package
+from mgptq_runtime.quantized_model import QuantizedModel
+
+pytestmark = pytest.mark.slow
+
+
+def dequantized(model: QuantizedModel) -> dict[str, np.ndarray]:
+    tables = [linear for linear in (model.embedding, model.head) if linear is not None]
+    return {linear.name: linear.dequantize() for linear in [*model.linears(), *tables]}
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", "mgptq_runtime", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_delivers_the_bits_that_were_asked_for(manifest: dict[str, Any]) -> None:
+    assert 2.45 < manifest["bits"]["stored"] <= 2.5
+    assert manifest["bits"]["linear_weights"] == 106_168_320
+
+
+def test_container_is_at_most_56_megabytes(package: Path) -> None:
+    assert (package / "model.mgptq.gguf").stat().st_size <= 56_000_000
+
+
+def test_weights_are_identical_in_checkpoint_container_and_onnx(package: Path) -> None:
+    checkpoint = dequantized(read_checkpoint(package / "quantized").model)
+    container = dequantized(open_package(package).container.model)
+    onnx = read_onnx_weights(package / "onnx")
+    assert container.keys() == checkpoint.keys() == onnx.keys() - {"output"}
+    for name, weight in checkpoint.items():
+        assert np.array_equal(container[name], weight), name
+        assert np.array_equal(onnx[name], weight), name
+
+
+def test_numpy_backend_computes_what_torch_computes(package: Path, smollm2: Path) -> None:
+    """Torch on the dequantized weights is trusted."""
+    source = load_source(str(smollm2))
+    load_quantized_weights(source, read_checkpoint(package / "quantized").model)
+    tokens = np.random.default_rng(0).integers(3, 49152, (1, 96))
+    with torch.no_grad():
+        expected = source.model(torch.from_numpy(tokens)).logits.numpy()
+    backend = open_package(package).backend("numpy")
+    found = backend.forward(tokens, backend.new_cache())
+    assert np.abs(found - expected).max() <= 1e-3
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_checks_pass_on_every_backend(package: Path) -> None:
+    for level in ("4", "0"):
+        result = json.loads(run("check", str(package), "--accuracy-level", level, "--json"))
+        assert result["passed"]
+        assert [row["backend"] for row in result["backends"]] == ["numpy", "onnx"]
+
+
+def test_onnx_runtime_agrees_with_numpy_on_text(package: Path, held_out: Path) -> None:
+    """NumPy is trusted; 1024 tokens of running text."""
+    opened = open_package(package)
+    numpy, fast = opened.backend("numpy"), opened.backend("onnx")
+    exact = opened.backend("onnx", accuracy_level=0)
+    ids = np.array(opened.tokenizer(numpy).encode(held_out.read_text()[:20_000])[:1024])
+    reference, by_level = [], {"fast": [], "exact": []}
+    for window in ids.reshape(4, 1, 256):
+        reference.append(numpy.forward(window, numpy.new_cache())[0])
+        by_level["fast"].append(fast.forward(window, fast.new_cache())[0])
+        by_level["exact"].append(exact.forward(window, exact.new_cache())[0])
+    expected = torch.log_softmax(torch.from_numpy(np.concatenate(reference)).double(), -1)
+    found = {name: np.concatenate(logits) for name, logits in by_level.items()}
+    agreement = {name: (logits.argmax(-1) == expected.argmax(-1).numpy()).mean() for name, logits in found.items()}
+    assert np.abs(found["exact"] - np.concatenate(reference)).max() <= 1e-2
+    assert agreement["exact"] >= 0.999
+    predicted = torch.log_softmax(torch.from_numpy(found["fast"]).double(), -1)
+    assert float((expected.exp() * (expected - predicted)).sum(-1).mean()) <= 0.02
+    assert agreement["fast"] >= 0.97
+
+
+def test_every_export_scores_what_the_checkpoint_scores(manifest: dict[str, Any]) -> None:
+    results = manifest["evaluation"]["results"]
+    checkpoint = results["checkpoint"]["perplexity"]
+    assert results["numpy"]["perplexity"] == pytest.approx(checkpoint, rel=1e-3)
+    assert results["onnx_exact"]["perplexity"] == pytest.approx(checkpoint, rel=1e-3)
+    assert results["onnx"]["perplexity"] == pytest.approx(checkpoint, rel=0.02)
+
+
+def test_perplexity_on_wikitext_is_at_most_90(manifest: dict[str, Any]) -> None:
+    if manifest["evaluation"]["text"] != "wikitext2-test.txt" or manifest["recipe"]["calibration"] == "self":
+        pytest.skip("WikiText-2 or the calibration text is not here; set MGPTQ_TEXT_DATA")
+    assert manifest["evaluation"]["results"]["checkpoint"]["perplexity"] <= 90
+
+
+MEMORY_PROBE = """
+import sys
+from pathlib import Path
+import onnxruntime
+from mgptq_runtime.backends.onnx_backend import OnnxBackend
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+before = resident()
+backend = OnnxBackend(Path(sys.argv[1]))
+print(resident() - before)
+"""
+
+
+def test_loading_in_onnx_runtime_takes_at_most_twice_the_files(package: Path) -> None:
+    folder = package / "onnx"
+    done = subprocess.run([sys.executable, "-c", MEMORY_PROBE, str(folder)], check=True, capture_output=True, text=True)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != "model.exact.onnx")
+    assert int(done.stdout) <= 2 * size
+
+
+def test_generates_the_same_text_on_both_backends_at_full_precision(package: Path) -> None:
+    prompt = ("--chat", "--prompt", "What is the capital of France?", "--max-tokens", "12", "--json")
+    numpy = json.loads(run("generate", str(package), "--backend", "numpy", *prompt))
+    onnx = json.loads(run("generate", str(package), "--backend", "onnx", "--accuracy-level", "0", *prompt))
+    assert numpy["tokens"] == onnx["tokens"]
+    assert numpy["text"].strip()
+
+
+def test_genai_runs_the_onnx_package_as_it_is(package: Path) -> None:
+    """Our ONNX backend is trusted."""
+    backend = open_package(package).backend("onnx")
+    prompt = [1, 9690, 198, 2683, 359, 253]
+    model = onnxruntime_genai.Model(str(package / "onnx"))
+    params = onnxruntime_genai.GeneratorParams(model)
+    params.set_search_options(max_length=24, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, params)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = list(generator.get_sequence(0))[len(prompt) :]
+    cache, tokens, ids = backend.new_cache(), [], np.array([prompt])
+    for _ in found:
+        tokens.append(int(backend.forward(ids, cache)[0, -1].argmax()))
+        ids = np.array([[tokens[-1]]])
+    assert found == tokens
