@@ -37,8 +37,14 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{NAMES[part]}.weight"
 
 
-def write_gguf(path: Path, model: torch.nn.Module, folder: Path, matrix_type: gguf.GGMLQuantizationType) -> None:
-    """Write ``model`` and the tokenizer of ``folder``; matrices as ``matrix_type``, norms as F32."""
+def write_gguf(
+    path: Path,
+    model: torch.nn.Module,
+    folder: Path,
+    matrix_type: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    without: str = "",
+) -> None:
+    """Write ``model`` and the tokenizer of ``folder``; matrices as ``matrix_type``, norms as F32, one tensor missing."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -55,6 +61,8 @@ def write_gguf(path: Path, model: torch.nn.Module, folder: Path, matrix_type: gg
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         stored, weight = gguf_name(name), tensor.numpy()
+        if stored == without:
+            continue
         kind = stored.split(".")[-2]
         if kind in heads:
             weight = interleave(weight, heads[kind])

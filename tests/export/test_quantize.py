@@ -232,7 +232,9 @@ def test_a_checkpoint_reads_back_as_it_was_written(request, quantized, tmp_path)
         assert np.array_equal(a.dequantize(), b.dequantize())
     assert read.model.tensors.keys() == model.tensors.keys()
     assert all(np.array_equal(read.model.tensors[key], value) for key, value in model.tensors.items())
-    assert (tmp_path / "quantized/tokenizer.json").read_bytes() == (source.tokenizer_folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "quantized/tokenizer.json").read_bytes() == (
+        source.tokenizer_folder / "tokenizer.json"
+    ).read_bytes()
 
 
 @pytest.fixture
@@ -373,7 +375,7 @@ def gguf_source(tmp_path_factory) -> tuple[SourceModel, Path]:
 
 def test_a_gguf_file_is_the_model_that_it_was_made_of(gguf_source, tmp_path):
     original, folder = gguf_source
-    write_gguf(tmp_path / "tiny.gguf", original.model, folder, gguf.GGMLQuantizationType.F32)
+    write_gguf(tmp_path / "tiny.gguf", original.model, folder)
     loaded = load_source(str(tmp_path / "tiny.gguf"))
     assert loaded.name == "tiny" and loaded.tied and loaded.family == "llama"
     assert torch.allclose(logits_of(loaded), logits_of(original), atol=1e-6)
@@ -384,7 +386,7 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(gguf_source, tmp_path):
 
 def test_an_untied_gguf_file_stays_untied(odd_model, tmp_path):
     original = load_source(str(odd_model))
-    write_gguf(tmp_path / "odd.gguf", original.model, odd_model, gguf.GGMLQuantizationType.F32)
+    write_gguf(tmp_path / "odd.gguf", original.model, odd_model)
     loaded = load_source(str(tmp_path / "odd.gguf"))
     assert not loaded.tied
     assert torch.allclose(logits_of(loaded), logits_of(original), atol=1e-6)
@@ -405,18 +407,25 @@ def test_a_quantized_gguf_file_gives_its_dequantized_weights(gguf_source, tmp_pa
 
 def test_a_gguf_file_can_be_quantized(gguf_source, tmp_path):
     original, folder = gguf_source
-    write_gguf(tmp_path / "tiny.gguf", original.model, folder, gguf.GGMLQuantizationType.F32)
+    write_gguf(tmp_path / "tiny.gguf", original.model, folder)
     from_gguf = quantize(load_source(str(tmp_path / "tiny.gguf")), RECIPE).model
     from_folder = quantize(load_source(str(folder)), RECIPE).model
     for a, b in zip(from_gguf.linears(), from_folder.linears(), strict=True):
         assert np.array_equal(a.dequantize(), b.dequantize())
 
 
+def test_a_gguf_file_without_one_of_its_weights_is_refused(gguf_source, tmp_path):
+    original, folder = gguf_source
+    write_gguf(tmp_path / "tiny.gguf", original.model, folder, without="blk.1.ffn_up.weight")
+    with pytest.raises(BadInputError, match="up_proj|ffn_up"):
+        load_source(str(tmp_path / "tiny.gguf"))
+
+
 @pytest.mark.parametrize("keep", [0, 3, 40, 5000, 300_000])
 def test_a_gguf_file_cut_short_is_refused(gguf_source, tmp_path, keep):
     original, folder = gguf_source
     path = tmp_path / "cut.gguf"
-    write_gguf(path, original.model, folder, gguf.GGMLQuantizationType.F32)
+    write_gguf(path, original.model, folder)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(BadInputError):
         load_source(str(path))

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llama_oracle import llama_config, oracle_logits
+from synthetic import random_llama
 
 from mgptq_export.checkpoint import Checkpoint, write_checkpoint
 from mgptq_export.targets.onnx import export_onnx
 from mgptq_runtime.golden import GoldenVectors
 from mgptq_runtime.quantized_model import QuantizedModel
-from synthetic import random_llama
 
 # hidden 96, intermediate 200 and vocabulary 301 fill no whole blocks of 64.
 MODELS = {

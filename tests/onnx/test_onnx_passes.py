@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from synthetic import random_linear
 
 from mgptq_export.targets.onnx.constant_shapes import declare_constant_shapes
 from mgptq_export.targets.onnx.external_data import externalize
@@ -12,7 +13,6 @@ from mgptq_export.targets.onnx.swap_embedding import swap_embedding
 from mgptq_export.targets.onnx.swap_linears import swap_linears
 from mgptq_runtime.errors import UnsupportedModelError
 from mgptq_runtime.quantized_model import InputGroup
-from synthetic import random_linear
 
 
 def float_graph(matmuls: dict[str, str], columns: int = 192) -> ir.Graph:

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 from golden_package import make_golden
+from synthetic import random_llama
 
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.check import DEFAULT_BOUNDS, Bounds, bounds_key, check_backend, read_bounds
 from mgptq_runtime.errors import CheckError, PackageError
 from mgptq_runtime.golden import GoldenVectors
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
-from synthetic import random_llama
 
 NUMPY = DEFAULT_BOUNDS["numpy"]
 

@@ -7,12 +7,12 @@ import gguf
 import numpy as np
 import pytest
 from golden_package import make_container, make_golden, make_tokenizer_folder, sign
+from synthetic import random_llama
 
 from mgptq_runtime.container import ARCHITECTURE, decode_container, read_container
 from mgptq_runtime.errors import ContainerError, MgptqError, UnsupportedModelError
 from mgptq_runtime.gguf_file import read_gguf
 from mgptq_runtime.golden import GoldenVectors
-from synthetic import random_llama
 
 TINY = {"layers": 1, "hidden": 64, "intermediate": 64, "heads": 2, "kv_heads": 1, "vocabulary": 32}
 

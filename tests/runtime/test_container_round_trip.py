@@ -4,11 +4,11 @@ import gguf
 import numpy as np
 import pytest
 from golden_package import CHAT_TEMPLATE, make_container, make_golden, make_tokenizer_folder
+from synthetic import random_llama
 
 from mgptq_runtime.container import read_container
 from mgptq_runtime.errors import BadInputError, ContainerError
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
-from synthetic import random_llama
 
 ODD = {"hidden": 72, "intermediate": 100, "heads": 6, "kv_heads": 3, "vocabulary": 403, "tied": False}
 

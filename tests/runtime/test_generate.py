@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from synthetic import random_llama
 
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.errors import BadInputError, NumericalError
 from mgptq_runtime.generate import Sampling, generate_tokens
-from synthetic import random_llama
 
 
 @pytest.fixture(scope="module")

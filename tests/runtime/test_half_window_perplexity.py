@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from synthetic import random_llama
 from test_numpy_backend import torch_llama
 
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.perplexity import measure_perplexity, read_text
-from synthetic import random_llama
 
 
 def test_it_agrees_with_torch_over_the_second_halves():

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from synthetic import random_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
 from mgptq_runtime.golden import hidden_digest
 from mgptq_runtime.quantized_model import QuantizedModel
-from synthetic import random_llama
 
 ODD = {"hidden": 90, "intermediate": 100, "heads": 9, "kv_heads": 3, "vocabulary": 403, "tied": False}
 SHAPES = [{}, ODD, {"heads": 4, "kv_heads": 4, "hidden": 64, "vocabulary": 5000}]

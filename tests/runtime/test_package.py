@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from golden_package import make_container, make_golden, make_tokenizer_folder, write_manifest
+from synthetic import random_llama
 
 from mgptq_runtime.check import DEFAULT_BOUNDS
 from mgptq_runtime.errors import BadInputError, PackageError
 from mgptq_runtime.golden import read_golden, write_golden
 from mgptq_runtime.info import describe
 from mgptq_runtime.package import open_package
-from synthetic import random_llama
 
 CONTAINER = "model.mgptq.gguf"
 

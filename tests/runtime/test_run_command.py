@@ -7,9 +7,9 @@ import sys
 import pytest
 from click.testing import CliRunner, Result
 from golden_package import TEXT, make_container, make_tokenizer_folder, sign, write_manifest
+from synthetic import random_llama
 
 from mgptq_runtime.cli import cli
-from synthetic import random_llama
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,465 @@
+"""From a model to a package. The checkpoint is trusted: every export must hold, and compute, what it says."""
+
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RECIPE, Package
+
+from mgptq_export import pipeline
+from mgptq_export.checkpoint import read_checkpoint
+from mgptq_export.evaluation import evaluate, evaluation_windows
+from mgptq_export.inspection import inspect_package, plan_model
+from mgptq_export.models import load_source
+from mgptq_export.targets import TARGETS, Target
+from mgptq_export.targets.onnx import read_onnx_weights
+from mgptq_runtime.check import check_backend
+from mgptq_runtime.container import read_container
+from mgptq_runtime.errors import BadInputError, BudgetError, MgptqError, OutputExistsError, PackageError
+from mgptq_runtime.formats import FORMATS
+from mgptq_runtime.package import open_package
+from mgptq_runtime.perplexity import measure_perplexity, read_text
+
+BOTH = ["container", "onnx"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def copied(package: Package, tmp_path: Path) -> Path:
+    """A copy of the package to change, alone in its folder."""
+    return Path(shutil.copytree(package.folder, tmp_path / "alone" / "package"))
+
+
+# What a package is
+
+
+def test_the_manifest_tells_the_files_as_they_are(package):
+    manifest = json.loads((package.folder / "manifest.json").read_text())
+    assert manifest == package.manifest
+    listed = {file["path"]: file for file in manifest["files"]}
+    found = contents(package.folder)
+    assert listed.keys() == found.keys() - {"manifest.json"}
+    for path, file in listed.items():
+        assert file["bytes"] == len(found[path])
+        assert file["sha256"] == hashlib.sha256(found[path]).hexdigest()
+
+
+def test_the_manifest_tells_bits_targets_and_recipe(package):
+    model = read_checkpoint(package.folder / "quantized").model
+    bits = package.manifest["bits"]
+    assert bits["requested"] == RECIPE.bits and bits["stored"] == model.bits_stored
+    assert RECIPE.bits - 0.05 < bits["stored"] <= RECIPE.bits
+    assert bits["linear_weights"] == sum(linear.rows * linear.columns for linear in model.linears())
+    assert package.manifest["targets"] == BOTH
+    assert package.manifest["recipe"] == RECIPE.to_json()
+
+
+def test_weights_of_checkpoint_container_and_onnx_are_identical(package):
+    model = read_checkpoint(package.folder / "quantized").model
+    container = read_container(package.folder / "model.mgptq.gguf").model
+    onnx = read_onnx_weights(package.folder / "onnx")
+    linears = {linear.name: linear for linear in [*model.linears(), model.embedding]}
+    if model.head is not None:
+        linears["output"] = model.head
+    packed = {linear.name: linear for linear in [*container.linears(), container.embedding]}
+    if container.head is not None:
+        packed["output"] = container.head
+    assert packed.keys() == linears.keys()
+    for name, linear in linears.items():
+        weight = linear.dequantize()
+        assert np.array_equal(packed[name].dequantize(), weight), name
+        assert np.array_equal(onnx[name], weight), name
+    assert np.array_equal(onnx["output"], (model.head or model.embedding).dequantize())
+
+
+@pytest.mark.parametrize("backend, level", [("numpy", 4), ("onnx", 0), ("onnx", 4)])
+def test_golden_vectors_pass_on_every_backend(package, backend, level):
+    opened = open_package(package.folder)
+    loaded = opened.backend(backend, accuracy_level=level)
+    result = check_backend(loaded, opened.golden(loaded), opened.bounds(backend, level))
+    assert result.passed, result.failures
+    assert result.positions == 4 * 64
+
+
+def test_what_was_evaluated_is_what_was_exported(package):
+    """The workstation's figures against the device's own command, tokenizer included."""
+    results = package.manifest["evaluation"]["results"]
+    assert list(results) == ["original", "checkpoint", "numpy", "onnx", "onnx_exact"]
+    opened = open_package(package.folder)
+    for name, backend, level in [("numpy", "numpy", 4), ("onnx", "onnx", 4), ("onnx_exact", "onnx", 0)]:
+        loaded = opened.backend(backend, accuracy_level=level)
+        ids = opened.tokenizer(loaded).encode(read_text(package.text.path))
+        measured = measure_perplexity(loaded, ids, window=64, windows=3)
+        assert measured.tokens == results[name]["tokens"] == 3 * 32
+        assert measured.perplexity == pytest.approx(results[name]["perplexity"], rel=1e-6)
+    checkpoint = results["checkpoint"]["perplexity"]
+    assert results["numpy"]["perplexity"] == pytest.approx(checkpoint, rel=1e-3)
+    assert results["onnx_exact"]["perplexity"] == pytest.approx(checkpoint, rel=1e-3)
+    assert results["onnx"]["perplexity"] == pytest.approx(checkpoint, rel=0.05)
+    assert results["checkpoint"]["kl_divergence"] > 0
+
+
+@pytest.mark.parametrize("package", ["even"], indirect=True)
+def test_the_same_seed_gives_the_same_bytes_in_every_file(package, tmp_path):
+    again = pipeline.run(str(package.model), tmp_path / "again", RECIPE, BOTH, text=package.text)
+    assert again == package.manifest
+    assert contents(tmp_path / "again") == contents(package.folder)
+
+
+def test_two_targets_come_from_one_solve(even_model, tmp_path, monkeypatch):
+    calls = []
+    solve = pipeline.quantize
+    monkeypatch.setattr(pipeline, "quantize", lambda *arguments: calls.append(1) or solve(*arguments))
+    pipeline.run(str(even_model), tmp_path / "out", replace(RECIPE, allocator="uniform"), BOTH)
+    assert len(calls) == 1
+
+
+# Nothing half-done
+
+
+def failing(error: Exception) -> Target:
+    def write(checkpoint, golden, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    return Target(tuple(FORMATS), "model.mgptq.gguf", write)
+
+
+QUICK = replace(RECIPE, allocator="uniform", samples=1, sequence_length=16, sensitivity_samples=1)
+
+
+@pytest.mark.parametrize("error", [PackageError("broken"), RuntimeError("bug"), KeyboardInterrupt(), SystemExit(143)])
+def test_a_failing_exporter_leaves_nothing_behind(even_model, tmp_path, monkeypatch, error):
+    monkeypatch.setitem(TARGETS, "container", failing(error))
+    with pytest.raises(type(error)):
+        pipeline.run(str(even_model), tmp_path / "out", QUICK, ["container"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_typed_error_and_leaves_nothing_behind(even_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(TARGETS, "container", failing(OSError(28, "No space left on device")))
+    with pytest.raises(BadInputError, match="No space left on device"):
+        pipeline.run(str(even_model), tmp_path / "out", QUICK, ["container"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_leaves_nothing_behind(even_model, tmp_path):
+    for model, recipe in [(str(tmp_path / "no/model/x"), QUICK), (str(even_model), replace(QUICK, bits=0.5))]:
+        with pytest.raises((BadInputError, BudgetError)):
+            pipeline.run(model, tmp_path / "out", recipe, ["container"])
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_refused(even_model, copied):
+    before = contents(copied)
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        pipeline.run(str(even_model), copied, QUICK, ["container"])
+    assert contents(copied) == before
+
+
+def test_overwrite_keeps_the_old_package_when_the_new_one_fails(even_model, copied, monkeypatch):
+    before = contents(copied)
+    monkeypatch.setitem(TARGETS, "container", failing(PackageError("broken")))
+    with pytest.raises(PackageError, match="broken"):
+        pipeline.run(str(even_model), copied, QUICK, ["container"], overwrite=True)
+    assert contents(copied) == before
+    assert list(copied.parent.iterdir()) == [copied]
+
+
+def test_overwrite_replaces_the_whole_package(even_model, copied):
+    manifest = pipeline.run(str(even_model), copied, QUICK, ["container"], overwrite=True)
+    assert json.loads((copied / "manifest.json").read_text()) == manifest
+    assert manifest["targets"] == ["container"] and not (copied / "onnx").exists()
+    assert list(copied.parent.iterdir()) == [copied]
+
+
+@pytest.mark.parametrize("error", [OSError(13, "Permission denied"), KeyboardInterrupt()])
+def test_the_old_package_returns_when_the_new_one_cannot_take_its_place(even_model, copied, monkeypatch, error):
+    before = contents(copied)
+    rename = Path.rename
+
+    def rename_unless_last(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_unless_last)
+    with pytest.raises((MgptqError, KeyboardInterrupt)):
+        pipeline.run(str(even_model), copied, QUICK, [], overwrite=True)
+    assert contents(copied) == before
+    assert list(copied.parent.iterdir()) == [copied]
+
+
+def test_a_folder_that_is_no_package_is_never_replaced(even_model, tmp_path):
+    folder, file = tmp_path / "photos", tmp_path / "notes"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(b"x")
+    file.write_text("notes")
+    for out in (folder, file):
+        with pytest.raises(OutputExistsError, match="not a folder that this program wrote"):
+            pipeline.run(str(even_model), out, QUICK, ["container"], overwrite=True)
+    assert contents(tmp_path) == {"photos/photo.jpg": b"x", "notes": b"notes"}
+
+
+def test_an_empty_folder_may_be_filled(even_model, tmp_path):
+    (tmp_path / "out").mkdir()
+    pipeline.run(str(even_model), tmp_path / "out", QUICK, [], overwrite=True)
+    assert (tmp_path / "out/manifest.json").is_file()
+
+
+def test_a_place_that_cannot_be_written_is_a_typed_error(even_model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInputError, match="cannot be written"):
+        pipeline.run(str(even_model), tmp_path / "file" / "out", QUICK, ["container"])
+
+
+def test_an_unknown_target_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(BadInputError, match="'tpu' is unknown; choose from container, onnx"):
+        pipeline.run("nothing/to/load", tmp_path / "out", QUICK, ["tpu"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_formats_that_a_target_cannot_hold_are_not_allocated(even_model, tmp_path, monkeypatch):
+    narrow = replace(TARGETS["container"], formats=("b2", "b3"))
+    monkeypatch.setitem(TARGETS, "container", narrow)
+    pipeline.run(str(even_model), tmp_path / "out", QUICK, ["container", "onnx"])
+    assert set(inspect_package(tmp_path / "out")["manifest"]["bits"]["weights_by_format"]) <= {"b2", "b3"}
+
+
+# Export
+
+
+@pytest.fixture(scope="module")
+def bare(even_model, tmp_path_factory) -> Path:
+    """A package without targets. Tests only read it."""
+    folder = tmp_path_factory.mktemp("bare") / "package"
+    pipeline.quantize_to(str(even_model), folder, RECIPE)
+    return folder
+
+
+def test_quantize_then_export_is_run(bare, package, tmp_path):
+    if package.folder.name != "even":
+        pytest.skip("one model will do")
+    manifest = pipeline.export(bare, BOTH, tmp_path / "out")
+    exported, whole = contents(tmp_path / "out"), contents(package.folder)
+    assert {**exported, "manifest.json": b""} == {**whole, "manifest.json": b""}
+    assert {**manifest, "evaluation": None} == {**package.manifest, "evaluation": None}
+
+
+def test_export_adds_a_target_and_keeps_the_rest(bare, tmp_path):
+    folder = Path(shutil.copytree(bare, tmp_path / "package"))
+    pipeline.export(folder, ["onnx"])
+    first = contents(folder)
+    manifest = pipeline.export(folder, ["container"])
+    assert manifest["targets"] == BOTH
+    second = contents(folder)
+    assert second.keys() - first.keys() == {"model.mgptq.gguf"}
+    assert all(second[path] == data for path, data in first.items() if path != "manifest.json")
+    assert {file["path"] for file in manifest["files"]} == second.keys() - {"manifest.json"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_export_again_gives_the_same_bytes(package, copied):
+    pipeline.export(copied, BOTH)
+    assert contents(copied) == contents(package.folder)
+
+
+def test_a_failing_export_leaves_the_package_as_it_was(copied, monkeypatch):
+    before = contents(copied)
+    monkeypatch.setitem(TARGETS, "container", failing(PackageError("broken")))
+    with pytest.raises(PackageError, match="broken"):
+        pipeline.export(copied, ["container"])
+    assert contents(copied) == before
+    assert list(copied.parent.iterdir()) == [copied]
+
+
+def test_export_to_another_folder_leaves_the_package_as_it_was(bare, tmp_path):
+    before = contents(bare)
+    pipeline.export(bare, ["container"], tmp_path / "out")
+    assert contents(bare) == before
+    with pytest.raises(OutputExistsError):
+        pipeline.export(bare, ["container"], tmp_path / "out")
+
+
+def test_export_of_no_package_is_refused(tmp_path):
+    with pytest.raises(PackageError, match="is no package"):
+        pipeline.export(tmp_path, ["container"])
+
+
+def test_export_to_a_target_that_cannot_hold_the_formats_is_refused(bare, monkeypatch):
+    monkeypatch.setitem(TARGETS, "container", replace(TARGETS["container"], formats=("b8",)))
+    with pytest.raises(BadInputError, match="container cannot hold formats .*b4"):
+        pipeline.export(bare, ["container"])
+
+
+@pytest.fixture
+def changed(bare, tmp_path) -> Path:
+    """A package one byte of whose checkpoint is not what the manifest says."""
+    folder = Path(shutil.copytree(bare, tmp_path / "package"))
+    path = folder / "quantized/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 0x10
+    path.write_bytes(data)
+    return folder
+
+
+def test_a_checkpoint_that_differs_from_the_manifest_is_not_exported(changed):
+    before = contents(changed)
+    with pytest.raises(PackageError, match=r"model\.safetensors has SHA-256"):
+        pipeline.export(changed, ["container"])
+    assert contents(changed) == before
+
+
+def test_a_checkpoint_that_differs_from_the_manifest_is_not_evaluated(changed, even_model, text_file):
+    with pytest.raises(PackageError, match=r"model\.safetensors has SHA-256"):
+        pipeline.evaluate_package(changed, str(even_model), pipeline.EvaluationText(text_file, 32, 1))
+
+
+# Evaluation
+
+
+def test_eval_finds_what_run_found(package):
+    found = pipeline.evaluate_package(package.folder, str(package.model), package.text)
+    assert found == package.manifest["evaluation"]
+
+
+def test_eval_of_a_package_without_targets_compares_its_checkpoint(bare, even_model, text_file):
+    found = pipeline.evaluate_package(bare, str(even_model), pipeline.EvaluationText(text_file, 32, 2))
+    assert list(found["results"]) == ["original", "checkpoint"]
+
+
+def test_eval_against_another_model_is_refused(package, even_model, odd_model):
+    other = odd_model if package.model == even_model else even_model
+    with pytest.raises(BadInputError, match="not the model that was quantized"):
+        pipeline.evaluate_package(package.folder, str(other), package.text)
+
+
+def test_evaluation_is_that_of_the_definition():
+    """KL(original || other), perplexity and agreement over the second half of each window, from the formulas."""
+    generator = torch.Generator().manual_seed(0)
+    table, noise = torch.randn(2, 11, 11, generator=generator).double()
+    windows = torch.randint(11, (4, 9), generator=generator)
+
+    def original(tokens: torch.Tensor) -> torch.Tensor:
+        return table[tokens[0]].float()
+
+    def other(tokens: torch.Tensor) -> torch.Tensor:
+        return (table + 0.5 * noise)[tokens[0]].float()
+
+    found = evaluate(windows, original, {"other": other, "same": original})
+    p, q = torch.log_softmax(table, -1), torch.log_softmax(table + 0.5 * noise, -1)
+    loss = divergence = agreed = count = 0.0
+    for window in windows.tolist():
+        for position in range(4, 9):
+            before, token = window[position - 1], window[position]
+            loss -= float(q[before, token])
+            divergence += float((p[before].exp() * (p[before] - q[before])).sum())
+            agreed += float(p[before].argmax() == q[before].argmax())
+            count += 1
+    assert found["other"].tokens == count == 20
+    assert found["other"].perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
+    assert found["other"].kl_divergence == pytest.approx(divergence / count, rel=1e-5)
+    assert found["other"].top1_agreement == agreed / count
+    assert found["same"].kl_divergence == 0 and found["same"].top1_agreement == 1
+    assert found["same"] == found["original"]
+
+
+def test_windows_are_cut_one_after_another_and_a_rest_is_left_out():
+    assert evaluation_windows(list(range(11)), 4, 30).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert evaluation_windows(list(range(11)), 4, 1).tolist() == [[0, 1, 2, 3]]
+    with pytest.raises(BadInputError, match="3 tokens, fewer than one window of 4"):
+        evaluation_windows([1, 2, 3], 4, 1)
+
+
+def test_a_window_beyond_the_context_is_refused(even_model, tmp_path, text_file):
+    with pytest.raises(BadInputError, match="context|256"):
+        pipeline.run(
+            str(even_model), tmp_path / "out", QUICK, BOTH, text=pipeline.EvaluationText(text_file, window=300)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+# Inspect and plan
+
+
+def test_inspect_counts_every_weight_once(package):
+    found = inspect_package(package.folder)
+    assert found["manifest"] == package.manifest
+    model = read_checkpoint(package.folder / "quantized").model
+    kinds = found["kinds"]
+    linear_kinds = set(kinds) - {"token_embd", "output"}
+    assert linear_kinds == {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+    assert sum(kinds[kind]["weights"] for kind in linear_kinds) == model.linear_weights
+    stored = sum(kinds[kind]["weights"] * kinds[kind]["bits_stored"] for kind in linear_kinds)
+    permutations = sum(group.permutation_bytes * 8 for group in model.groups)
+    assert (stored + permutations) / model.linear_weights == pytest.approx(model.bits_stored, rel=1e-12)
+    assert ("output" in kinds) == (model.head is not None)
+    assert set(kinds["token_embd"]["weights_by_format"]) == {"b4"}
+    for kind in linear_kinds:
+        assert set(kinds[kind]["weights_by_format"]) <= set(found["formats"])
+
+
+def test_plan_says_what_run_delivers(package):
+    planned = plan_model(str(package.model), RECIPE, BOTH)
+    assert (planned["name"], planned["family"]) == (package.model.name, "llama")
+    assert planned["linear_weights"] == package.manifest["bits"]["linear_weights"]
+    model = read_checkpoint(package.folder / "quantized").model
+    matrices = [*model.linears(), model.embedding, *([model.head] if model.head else [])]
+    stored = sum(linear.stored_bytes for linear in matrices) + sum(group.permutation_bytes for group in model.groups)
+    stored += sum(tensor.nbytes for name, tensor in model.tensors.items() if name.endswith("norm"))
+    for target in BOTH:
+        found = planned["targets"][target]
+        assert found["reachable"] and found["lowest_bits"] < RECIPE.bits < found["highest_bits"]
+        assert 0 <= found["weight_bytes"] - stored <= 0.05 * model.linear_weights / 8 + 1
+
+
+@pytest.mark.parametrize("bits, reachable", [(1.2, False), (1.3, True), (8.3, True), (8.5, False)])
+def test_plan_and_run_agree_on_what_is_reachable(even_model, tmp_path, bits, reachable):
+    recipe = replace(QUICK, bits=bits)
+    assert plan_model(str(even_model), recipe, ["container"])["targets"]["container"]["reachable"] is reachable
+    if reachable:
+        assert bits - 0.05 < pipeline.quantize_to(str(even_model), tmp_path / "out", recipe)["bits"]["stored"] <= bits
+    else:
+        with pytest.raises(BudgetError):
+            pipeline.quantize_to(str(even_model), tmp_path / "out", recipe)
+
+
+def test_plan_reads_no_weights(even_model, tmp_path):
+    (tmp_path / "shape").mkdir()
+    shutil.copy(even_model / "config.json", tmp_path / "shape")
+    planned = plan_model(str(tmp_path / "shape"), RECIPE, BOTH)
+    assert planned["targets"] == plan_model(str(even_model), RECIPE, BOTH)["targets"]
+
+
+def test_a_model_without_a_tokenizer_can_be_packed_and_checked(even_model, tmp_path):
+    model = Path(shutil.copytree(even_model, tmp_path / "model"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / name).unlink()
+    pipeline.run(str(model), tmp_path / "out", QUICK, BOTH)
+    opened = open_package(tmp_path / "out")
+    for name in ("numpy", "onnx"):
+        backend = opened.backend(name, accuracy_level=0)
+        assert check_backend(backend, opened.golden(backend), opened.bounds(name, 0)).passed
+
+
+def test_the_original_is_measured_unquantized(package):
+    """Perplexity of the original in the manifest against transformers on the untouched model."""
+    source = load_source(str(package.model))
+    assert source.tokenizer is not None
+    ids = source.tokenizer.encode(package.text.path.read_text(), add_special_tokens=False).ids[: 3 * 64]
+    windows = torch.tensor(ids).view(3, 64)
+    with torch.no_grad():
+        logits = source.model(windows).logits[:, 31:-1].double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 32:].flatten())
+    assert package.manifest["evaluation"]["results"]["original"]["perplexity"] == pytest.approx(
+        float(loss.exp()), rel=1e-5
+    )

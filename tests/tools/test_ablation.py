@@ -1,0 +1,55 @@
+"""The ablation measures what the commands deliver, and its table says how."""
+
+import math
+from pathlib import Path
+
+import pytest
+from ablation import Bench, Row, rows, table
+from tiny_models import text, write_llama
+
+from mgptq_runtime.backends.numpy_backend import NumpyBackend
+from mgptq_runtime.perplexity import measure_perplexity
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("ablation")
+    write_llama(folder / "model", hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
+    (folder / "text.txt").write_text(text())
+    made = Bench(str(folder / "model"), str(folder / "text.txt"), {"text": Path(folder / "text.txt")}, 1)
+    made.recipe = made._recipe(samples=4, sequence_length=64, training_steps=2)
+    made.windows = {"text": made.windows["text"][:, :128]}
+    return made
+
+
+def test_every_method_has_its_rows_and_seeds() -> None:
+    keys = [row.key for row in rows(3)]
+    assert len(keys) == len(set(keys))
+    assert {"fp32/None/0", "rounding b3/3.25/0", "uniform GPTQ b2/2.25/2", "hessian/3.0/0", "gnn/3.25/2"} <= set(keys)
+
+
+@pytest.mark.parametrize("row", [Row("rounding b2", 2.25, 0), Row("uniform GPTQ b3", 3.25, 0), Row("gnn", 2.6, 1)])
+def test_a_row_has_the_bits_that_it_names(bench: Bench, row: Row) -> None:
+    result = bench.measure(row)
+    assert row.bits is not None
+    assert row.bits - 0.05 < result["stored_bits"] <= row.bits
+    assert math.isfinite(result["perplexity"]["text"])
+
+
+def test_perplexity_is_that_of_the_runtime(bench: Bench) -> None:
+    """The NumPy backend is trusted."""
+    from mgptq_export.quantize import round_to_nearest
+
+    bench.calibration(0)
+    model = round_to_nearest(bench.source, "b3", bench.recipe)
+    window = bench.windows["text"]
+    found = measure_perplexity(NumpyBackend(model), window[0].tolist(), window=128, windows=1)
+    assert bench.perplexity(window, "text") == pytest.approx(found.perplexity, rel=1e-4)
+
+
+def test_the_table_gives_means_over_seeds_with_their_spread() -> None:
+    results = [
+        {"method": "gnn", "seed": s, "asked_bits": 2.5, "stored_bits": 2.4999, "minutes": 2.0, "perplexity": {"A": p}}
+        for s, p in enumerate([40.0, 42.0, 44.0])
+    ]
+    assert "| gnn | 2.4999 | 42.0 ± 2.0 | 3 | 2.0 |" in table(results, ["A"])
