@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, NoReturn
 
 from mgptq_runtime.errors import PackageError
@@ -65,6 +66,7 @@ def _render(template: str, messages: list[dict[str, str]], tokens: dict[str, str
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
     return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
 
 

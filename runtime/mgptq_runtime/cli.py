@@ -51,7 +51,7 @@ def _with_backend(command: Callable[..., None]) -> Callable[..., None]:
             default="4",
             show_default=True,
             callback=lambda ctx, parameter, value: int(value),
-            help="ONNX only: 4 computes with int8 activations (fast), 0 with float32 (exact).",
+            help="ONNX only: 4 computes b1 and b2 weights with int8 activations (fast), 0 all with float32 (exact).",
         ),
         click.option("--threads", type=click.IntRange(min=1), help="Default: all cores."),
     )

@@ -44,7 +44,7 @@ def write_gguf(
     matrix_type: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     without: str = "",
 ) -> None:
-    """Write ``model`` and the tokenizer of ``folder``; matrices as ``matrix_type``, norms as F32, one tensor missing."""
+    """Write ``model`` and the tokenizer of ``folder``; matrices as ``matrix_type``, norms as F32."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)

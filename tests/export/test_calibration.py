@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import tiny_models
 import torch
 from conftest import RECIPE
 
@@ -199,7 +198,3 @@ def test_json_lines_end_at_newlines_only(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one\u2028two\x85three"}\n', encoding="utf-8")
     assert read_documents(path) == ["one\u2028two\x85three"]
-
-
-def test_prose_is_long_enough_for_these_tests():
-    assert len(tiny_models.text(20_000)) == 20_000

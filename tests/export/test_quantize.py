@@ -308,7 +308,7 @@ def with_config(folder: Path, **values: object) -> str:
 
 
 def test_another_family_is_refused_and_the_supported_ones_are_listed(broken):
-    with pytest.raises(UnsupportedModelError, match="'mamba' is not supported; supported: .*llama"):
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not supported; supported: .*llama"):
         load_source(with_config(broken, model_type="mamba"))
 
 
@@ -417,7 +417,7 @@ def test_a_gguf_file_can_be_quantized(gguf_source, tmp_path):
 def test_a_gguf_file_without_one_of_its_weights_is_refused(gguf_source, tmp_path):
     original, folder = gguf_source
     write_gguf(tmp_path / "tiny.gguf", original.model, folder, without="blk.1.ffn_up.weight")
-    with pytest.raises(BadInputError, match="up_proj|ffn_up"):
+    with pytest.raises(BadInputError, match=r"up_proj|ffn_up"):
         load_source(str(tmp_path / "tiny.gguf"))
 
 

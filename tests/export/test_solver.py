@@ -146,6 +146,9 @@ def test_dead_columns_leave_the_others_alone():
     off_diagonal = factor.upper - torch.diag(factor.upper.diagonal())
     assert not off_diagonal[[3, 77]].any() and not off_diagonal[:, [3, 77]].any()
     living = [j for j in range(128) if j not in (3, 77)]
+    # Their own rounding error counts as much as an average column's.
+    expected = 1.01 * hessian.diagonal()[living].mean().expand(2)
+    assert torch.allclose(factor.upper.diagonal()[[3, 77]].pow(-2), expected, rtol=1e-4)
     diagonal = hessian.diagonal()[living].mean()
     alone = torch.linalg.inv(hessian[living][:, living].double() + 0.01 * diagonal * torch.eye(126))
     upper = factor.upper[living][:, living].double()

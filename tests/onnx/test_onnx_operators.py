@@ -103,11 +103,11 @@ def emulate_int8(activations: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_fast_operator_rounds_activations_and_nothing_else(fmt, columns, rows, tmp_path):
+def test_fast_operator_rounds_the_activations_of_low_bit_formats_and_nothing_else(fmt, columns, rows, tmp_path):
     weights = FORMATS[fmt].dequantize(random_segment(fmt, columns))[:, :columns]
     a = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
     (y,) = matmul_session(fmt, columns, 4, tmp_path / "o.onnx").run(None, {"a": a})
-    expected = emulate_int8(a) @ weights.T
+    expected = (emulate_int8(a) if fmt in ("b1", "b2") else a) @ weights.T
     # A rounding tie may fall the other way, which moves a result by one step of one activation.
     assert np.abs(y - expected).max() <= 1e-4 * np.abs(expected).max() + np.abs(weights).max() * np.abs(a).max() / 127
     assert np.median(np.abs(y - expected)) <= 1e-5 * np.abs(expected).max()

@@ -100,9 +100,9 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path, context_length: int) 
 def export_onnx(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path) -> None:
     """Write the package for ONNX Runtime and onnxruntime-genai.
 
-    ``model.onnx`` (int8 activations, what genai loads), ``model.exact.onnx`` (float32 activations, to check and to
-    evaluate), ``model.onnx.data`` (the weights of both), ``genai_config.json``, the checkpoint's tokenizer files and
-    ``golden.npz``. The same checkpoint gives the same bytes. The folder appears when it is complete.
+    ``model.onnx`` (int8 activations for b1 and b2, what genai loads), ``model.exact.onnx`` (float32 activations, to
+    check and to evaluate), ``model.onnx.data`` (the weights of both), ``genai_config.json``, the checkpoint's tokenizer
+    files and ``golden.npz``. The same checkpoint gives the same bytes. The folder appears when it is complete.
 
     Args:
         checkpoint: what to export; its folder holds the tokenizer files.

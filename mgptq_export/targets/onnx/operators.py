@@ -19,6 +19,10 @@ PERMUTE = "PermuteColumns"
 MATMUL = {f"b{bits}": f"MatMulB{bits}" for bits in (1, 2, 3, 4, 8)}
 EMBEDDING = {f"b{bits}": f"EmbeddingB{bits}" for bits in (1, 2, 3, 4, 8)}
 
+# Formats whose fast graph computes with int8 activations. More bits are bought for columns where errors hurt, by large
+# activations above all, so those keep float32 ones: their kernels are as fast, or their columns few.
+INT8_FORMATS = ("b1", "b2")
+
 HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "com.microsoft" : 1]>'
 
 
@@ -111,9 +115,10 @@ def operators(accuracy_level: int) -> list[ir.Function]:
     and uint16 or int32 [K] to float32 [..., K]. K may be short of ``blocks * 64``; the rest is padding, of any codes.
 
     Args:
-        accuracy_level: of ``MatMulNBits``: 4 for int8 activations, 0 for float32 ones.
+        accuracy_level: of ``MatMulNBits``: 4 for int8 activations where they cost little, 0 for float32 ones.
     """
-    texts = [_matmul(name, WIDENINGS[fmt], accuracy_level) for fmt, name in MATMUL.items()]
+    levels = {fmt: accuracy_level if fmt in INT8_FORMATS else 0 for fmt in MATMUL}
+    texts = [_matmul(name, WIDENINGS[fmt], levels[fmt]) for fmt, name in MATMUL.items()]
     texts += [_embedding(name, WIDENINGS[fmt]) for fmt, name in EMBEDDING.items()]
     texts.append(_permute())
     return [ir.serde.deserialize_function(onnx.parser.parse_function(text)) for text in texts]

@@ -107,7 +107,7 @@ class OnnxBackend:
     Attributes:
         name: ``onnx``.
         vocabulary_size, context_length: from ``genai_config.json``.
-        accuracy_level: 4 (int8 activations, fast) or 0 (float32 activations, exact).
+        accuracy_level: 4 (int8 activations for b1 and b2 weights, fast) or 0 (float32 activations, exact).
     """
 
     name = "onnx"

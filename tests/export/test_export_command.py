@@ -1,0 +1,264 @@
+"""The command mgptq-export: exit codes, JSON, messages and interrupts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mgptq_export import cli as command
+from mgptq_runtime.check import check_backend
+from mgptq_runtime.errors import MgptqError
+from mgptq_runtime.package import open_package
+
+QUICK = ("--samples", 2, "--sequence-length", 32, "--allocator", "hessian", "--threads", 1)
+COMMANDS = ("run", "quantize", "export", "eval", "inspect", "plan")
+
+
+def invoke(*arguments: object) -> Result:
+    """The command group without its entry point: errors come out as exceptions."""
+    return CliRunner().invoke(command.cli, [str(argument) for argument in arguments])
+
+
+def invoke_json(*arguments: object) -> dict:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.stdout.endswith("}\n") and result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The entry point in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mgptq-export", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            command.main()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(even_model, tmp_path_factory) -> Path:
+    """A package that the command made. Tests only read it."""
+    out = tmp_path_factory.mktemp("command") / "out"
+    manifest = invoke_json("run", even_model, "-o", out, "--targets", "container", *QUICK)
+    assert manifest == json.loads((out / "manifest.json").read_text())
+    return out
+
+
+# What each command says
+
+
+def test_run_makes_a_package_that_checks(made):
+    opened = open_package(made)
+    backend = opened.backend("numpy")
+    assert check_backend(backend, opened.golden(backend), opened.bounds("numpy", 4)).passed
+
+
+def test_run_prints_files_and_stored_bits(even_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Words and more words. " * 60)
+    options = ("--evaluate", text, "--window", 32, "--windows", 1)
+    result = invoke("run", even_model, "-o", tmp_path / "out", "--targets", "container", *options, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "model.mgptq.gguf" in result.stdout
+    assert "stored bits per weight: 2." in result.stdout and "(asked 2.5)" in result.stdout
+    assert "perplexity" in result.stdout and "checkpoint" in result.stdout
+
+
+def test_options_reach_the_recipe(even_model, tmp_path, text_file):
+    options = ("--bits", 3, "--allocator", "uniform", "--seed", 7, "--calibration", text_file)
+    options += ("--samples", 3, "--sequence-length", 16, "--embedding-format", "b8")
+    recipe = invoke_json("quantize", even_model, "-o", tmp_path / "out", *options)["recipe"]
+    wanted = {"bits": 3.0, "allocator": "uniform", "seed": 7, "calibration": str(text_file), "samples": 3}
+    wanted |= {"sequence_length": 16, "embedding_format": "b8"}
+    assert {key: recipe[key] for key in wanted} == wanted
+
+
+def test_quantize_then_export(even_model, tmp_path):
+    out = tmp_path / "out"
+    assert invoke_json("quantize", even_model, "-o", out, *QUICK)["targets"] == []
+    assert invoke_json("export", out, "--targets", "container")["targets"] == ["container"]
+    elsewhere = invoke_json("export", out, "--targets", "container", "-o", tmp_path / "elsewhere")
+    assert elsewhere["files"] == json.loads((out / "manifest.json").read_text())["files"]
+
+
+def test_inspect_shows_every_kind_of_linear(made):
+    found = invoke_json("inspect", made)
+    assert found["manifest"]["bits"]["requested"] == 2.5
+    shown = invoke("inspect", made).stdout
+    for kind in found["kinds"]:
+        assert kind in shown
+
+
+def test_plan_shows_what_can_be_reached(even_model):
+    assert invoke_json("plan", even_model)["targets"]["container"]["reachable"] is True
+    assert "MB of weights" in invoke("plan", even_model).stdout
+    assert "not reachable" in invoke("plan", even_model, "--bits", 1).stdout
+
+
+def test_eval_compares_with_the_original(made, even_model, text_file):
+    options = ("--model", even_model, "--text", text_file, "--window", 32, "--windows", 1)
+    assert list(invoke_json("eval", made, *options)["results"]) == ["original", "checkpoint", "numpy"]
+    assert "KL divergence" in invoke("eval", made, *options).stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_explains_itself(name, flag):
+    result = invoke(name, flag)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage: ") and name in result.stdout.splitlines()[0]
+
+
+def test_help_lists_the_commands():
+    listed = invoke("-h").stdout
+    assert all(f"\n  {name} " in listed for name in COMMANDS)
+
+
+def test_target_names_are_those_of_the_exporters():
+    """The command spells them out, so that its help needs no heavy import."""
+    from mgptq_export.targets import TARGETS
+
+    assert tuple(TARGETS) == command.TARGET_NAMES
+
+
+def test_help_and_wrong_usage_import_no_torch():
+    script = (
+        "import sys\n"
+        "from mgptq_export.cli import cli\n"
+        "cli(['run', '-h'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["run"],
+        ["run", "model"],
+        ["run", "model", "-o", "out", "--targets", "tpu"],
+        ["run", "model", "-o", "out", "--targets", ","],
+        ["run", "model", "-o", "out", "--bits", "few"],
+        ["run", "model", "-o", "out", "--samples", "0"],
+        ["run", "model", "-o", "out", "--allocator", "best"],
+        ["run", "model", "-o", "out", "--window", "1"],
+        ["quantize", "model", "-o", "out", "--targets", "container"],
+        ["eval", "package", "--text", "x.txt"],
+        ["plan", "model", "--embedding-format", "b1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(main, arguments):
+    code, out, err = main(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage: " in err and "Traceback" not in err
+
+
+def test_an_unknown_target_is_named_with_those_that_exist(main):
+    _, _, err = main("run", "model", "-o", "out", "--targets", "container,tpu")
+    assert "tpu" in err and "container, onnx" in err
+
+
+def test_failures_exit_with_1_and_one_message(main, even_model, made, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    out = tmp_path / "out"
+    cases = {
+        "is no model": ("run", tmp_path / "no/such/model", "-o", out),
+        "cannot be reached": ("run", even_model, "-o", out, "--bits", 1, *QUICK),
+        "reach 1.25 to": ("quantize", even_model, "-o", out, "--bits", "nan", *QUICK),
+        "Give more text": ("run", even_model, "-o", out, "--calibration", short, *QUICK),
+        "cannot be read": ("run", even_model, "-o", out, "--calibration", tmp_path / "missing.txt", *QUICK),
+        "fewer than one window": ("run", even_model, "-o", out, "--evaluate", short, *QUICK),
+        "beyond the model's context": ("run", even_model, "-o", out, "--sequence-length", 1000),
+        "--overwrite": ("run", even_model, "-o", made, *QUICK),
+        "device 'abacus'": ("run", even_model, "-o", out, "--device", "abacus", *QUICK),
+        "is no package": ("export", tmp_path),
+        "no config.json": ("plan", tmp_path),
+    }
+    for message, arguments in cases.items():
+        for json_flag in ((), ("--json",)):
+            code, stdout, err = main(*arguments, *json_flag)
+            assert (code, stdout) == (1, ""), (message, err)
+            assert err.count("error: ") == 1 and message in err and "Traceback" not in err
+        assert list(tmp_path.iterdir()) == [short]
+
+
+def test_the_log_goes_to_stderr(main, even_model, tmp_path):
+    code, out, _ = main("-v", "quantize", even_model, "-o", tmp_path / "out", *QUICK, "--json")
+    assert code == 0
+    assert json.loads(out)["targets"] == []
+
+
+def test_errors_that_are_no_users_fault_keep_their_traceback(monkeypatch):
+    def bug(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mgptq_export.inspection.inspect_package", bug)
+    assert isinstance(invoke("inspect", "x").exception, ZeroDivisionError)
+    assert not isinstance(ZeroDivisionError(), MgptqError)
+
+
+# Real processes
+
+
+def process(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mgptq_export", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def test_exit_codes_of_the_real_process(tmp_path):
+    with process("plan", tmp_path / "no/such/model", "--json") as failing, process("run", "--bits", "x") as wrong:
+        out, err = failing.communicate(timeout=120)
+        assert (failing.returncode, out) == (1, "")
+        assert err.startswith("error: ") and "Traceback" not in err and err.count("\n") == 1
+        out, err = wrong.communicate(timeout=120)
+        assert (wrong.returncode, out) == (2, "")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_run_leaves_nothing_behind(even_model, tmp_path, number, code):
+    """Interrupted once its temporary folder is there; sampling this much text would take hours."""
+    out = tmp_path / "out"
+    endless = ("--samples", 100_000, "--sequence-length", 256, "--threads", 1)
+    with process("run", even_model, "-o", out, *endless) as running:
+        try:
+            deadline = time.monotonic() + 300
+            while not list(tmp_path.iterdir()) and running.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert list(tmp_path.iterdir()) and running.poll() is None
+            running.send_signal(number)
+            _, err = running.communicate(timeout=300)
+        finally:
+            running.kill()
+    # Python may end by the signal itself, which a shell reports as the same code.
+    assert code in (running.returncode, 128 - running.returncode), err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
