@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig
@@ -17,11 +18,14 @@ from transformers.utils.logging import disable_progress_bar
 from mgptq_export.models import gguf_source
 from mgptq_export.models.family import GroupModules, family_of, groups_of
 from mgptq_runtime.errors import BadInputError, NumericalError
+from mgptq_runtime.progress import Advance, track
 from mgptq_runtime.quantized_model import QuantizedModel
 
 __all__ = ["SourceModel", "load_quantized_weights", "load_shape", "load_source"]
 
 logger = logging.getLogger(__name__)
+
+LOADING_STEPS = 4
 
 
 @dataclass
@@ -81,8 +85,13 @@ def load_source(source: str, *, device: str = "cpu", trust_remote_code: bool = F
     """
     disable_progress_bar()
     path = _model_path(source, weights=True)
-    loaded = _load_gguf(path, source) if path.is_file() else _load_hugging_face(path, source, trust_remote_code)
-    _check_finite(loaded.model)
+    with track("Loading the model", LOADING_STEPS) as advance:
+        if path.is_file():
+            loaded = _load_gguf(path, source, advance)
+        else:
+            loaded = _load_hugging_face(path, source, trust_remote_code, advance)
+        _check_finite(loaded.model)
+        advance()
     try:
         loaded.model.requires_grad_(False).eval().to(device)
     except (RuntimeError, AssertionError) as error:
@@ -160,7 +169,14 @@ def _check_finite(model: nn.Module) -> None:
             raise NumericalError(f"weight {name} holds NaN or infinity; the model is damaged, download it again")
 
 
-def _load_gguf(path: Path, source: str) -> SourceModel:
+def _check_complete(found: Mapping[str, Any], source: str) -> None:
+    """Weights that are missing would silently be random ones."""
+    missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    if missing:
+        raise BadInputError(f"{source} lacks weights, or has them in other shapes: {', '.join(missing[:5])}")
+
+
+def _load_gguf(path: Path, source: str, advance: Advance) -> SourceModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     reader = gguf_source.open_gguf(path)
@@ -169,18 +185,27 @@ def _load_gguf(path: Path, source: str) -> SourceModel:
     temporary = TemporaryDirectory(prefix="mgptq-tokenizer-")
     folder = Path(temporary.name)
     gguf_source.write_gguf_tokenizer(path, reader, folder)
+    advance()
     state = gguf_source.read_gguf_weights(reader, config)
+    advance()
     try:
-        model: Any = LlamaForCausalLM.from_pretrained(
-            None, config=LlamaConfig.from_dict(dict(config)), state_dict=state, dtype=torch.float32
+        result: Any = LlamaForCausalLM.from_pretrained(
+            None,
+            config=LlamaConfig.from_dict(dict(config)),
+            state_dict=state,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except (ValueError, RuntimeError) as error:
         raise BadInputError(f"{path}: the weights do not fit the hyper-parameters ({error})") from error
+    model, found = result
+    _check_complete(found, source)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    advance()
     return SourceModel(_model_name(source), source, family, model, model.config.to_dict(), folder, tokenizer, temporary)
 
 
-def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool) -> SourceModel:
+def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool, advance: Advance) -> SourceModel:
     from transformers import AutoModelForCausalLM
 
     config = _read_config(folder)
@@ -188,11 +213,18 @@ def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool) -> So
     if not list(folder.glob("*.safetensors")):
         raise BadInputError(f"{folder} holds no .safetensors weights; pickled weights are not read, convert them first")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise BadInputError(f"{folder} cannot be loaded: {error}") from error
+    model, found = result
+    _check_complete(found, source)
+    advance()
     tokenizer_file = folder / "tokenizer.json"
     tokenizer = None
     if tokenizer_file.is_file():
