@@ -2,11 +2,10 @@
 
 import json
 import logging
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from mgptq_export.recipe import ALLOCATORS, Recipe
 from mgptq_runtime.errors import MgptqError
+from mgptq_runtime.signals import exit_on_signals
 
 __all__ = ["cli", "main"]
 
@@ -296,22 +296,11 @@ def _evaluation_table(evaluation: dict[str, Any]) -> Table:
     return table
 
 
-def _terminated(signum: int, frame: object) -> NoReturn:
-    # As an exception, so that temporary folders are removed on the way out.
-    raise SystemExit(128 + signum)
-
-
 def main() -> None:
     """Entry point: errors that a user can meet end with one message and exit code 1."""
-    signal.signal(signal.SIGTERM, _terminated)
+    exit_on_signals()
     try:
         cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("interrupted", err=True)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

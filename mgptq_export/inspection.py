@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgptq_export.checkpoint import read_checkpoint
 from mgptq_export.models import load_shape
-from mgptq_export.pipeline import CHECKPOINT_FOLDER, formats_for, read_manifest
+from mgptq_export.pipeline import formats_for, read_manifest, verified_checkpoint
 from mgptq_export.quantize import BITS_WINDOW, budget_range
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.formats import FORMATS, padded_columns
@@ -26,7 +25,7 @@ def inspect_package(package: Path) -> dict[str, Any]:
         PackageError: no complete package.
     """
     manifest = read_manifest(package)
-    model = read_checkpoint(package / CHECKPOINT_FOLDER).model
+    model = verified_checkpoint(package, manifest).model
     weights: Counter[str] = Counter()
     stored: Counter[str] = Counter()
     by_format: dict[str, Counter[str]] = {}

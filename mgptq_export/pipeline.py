@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from mgptq_export.calibration import read_documents, tokenize
+from mgptq_export.calibration import file_tokens
 from mgptq_export.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_windows, torch_scorer
 from mgptq_export.golden import make_golden
@@ -90,8 +90,9 @@ def _replace_folder(new: Path, out: Path) -> None:
     out.rename(old / out.name)
     try:
         new.rename(out)
-    except OSError:
+    except BaseException:  # an interrupt, too
         (old / out.name).rename(out)
+        old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -163,7 +164,7 @@ def export(
         the manifest.
     """
     known = read_manifest(package)
-    checkpoint = read_checkpoint(package / CHECKPOINT_FOLDER)
+    checkpoint = verified_checkpoint(package, known)
     used = {segment.format for linear in checkpoint.model.linears() for segment in linear.segments}
     for target in targets:
         missing = used - set(target_named(target).formats)
@@ -184,12 +185,13 @@ def evaluate_package(package: Path, model: str, text: EvaluationText, *, device:
     Returns:
         JSON values: the text and windows, and the quality by name (``original``, ``checkpoint``, ``numpy``, ...).
     """
-    checkpoint = read_checkpoint(package / CHECKPOINT_FOLDER)
+    manifest = read_manifest(package)
+    checkpoint = verified_checkpoint(package, manifest)
     source = load_source(model, device=device)
     windows = _windows(source, text)
     original = copy.deepcopy(source.model)
     load_quantized_weights(source, checkpoint.model)
-    scorers = {"checkpoint": torch_scorer(source.model), **_package_scorers(package)}
+    scorers = {"checkpoint": torch_scorer(source.model), **(_package_scorers(package) if manifest["targets"] else {})}
     return _evaluation_json(text, evaluate(windows, torch_scorer(original), scorers))
 
 
@@ -219,6 +221,8 @@ def read_manifest(package: Path) -> dict[str, Any]:
         manifest = json.loads((package / MANIFEST_FILE).read_text())
         if manifest["format_version"] != MANIFEST_VERSION:
             raise PackageError(f"{package}: manifest version {manifest['format_version']} is not {MANIFEST_VERSION}")
+        if missing := {"name", "bits", "targets", "files"} - manifest.keys():
+            raise PackageError(f"{package}: the manifest lacks {', '.join(sorted(missing))}; quantize the model again")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PackageError(
             f"{package} is no package ({error}); make one with: mgptq-export run MODEL -o OUT"
@@ -226,10 +230,27 @@ def read_manifest(package: Path) -> dict[str, Any]:
     return manifest
 
 
+def verified_checkpoint(package: Path, manifest: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of a package, its files being those that the manifest lists.
+
+    Raises:
+        PackageError: a file is missing or changed.
+    """
+    for file in manifest["files"]:
+        path = package / file["path"]
+        if path.parent == package / CHECKPOINT_FOLDER:
+            found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+            if found != file["sha256"]:
+                raise PackageError(
+                    f"{path} has SHA-256 {found}, the manifest says {file['sha256']}; copy or quantize it again"
+                )
+    return read_checkpoint(package / CHECKPOINT_FOLDER)
+
+
 def _windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
     if source.tokenizer is None:
         raise BadInputError(f"{source.source} has no tokenizer, so text cannot be evaluated; leave --evaluate out")
-    return evaluation_windows(tokenize(read_documents(text.path), source.tokenizer), text.window, text.windows)
+    return evaluation_windows(file_tokens(text.path, source.tokenizer), text.window, text.windows)
 
 
 def _quantize_into(folder: Path, source: SourceModel, recipe: Recipe) -> tuple[Checkpoint, GoldenVectors]:

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from mgptq_export.calibration import read_documents, tokenize
+from mgptq_export.calibration import file_tokens
 from mgptq_export.evaluation import evaluation_windows, torch_scorer
 from mgptq_export.models import SourceModel, load_source
 from mgptq_export.quantize import Calibration, allocate, calibrate, round_to_nearest, solve
@@ -68,8 +68,7 @@ class Bench:
         self.recipe = Recipe(calibration=calibration)
         self.windows = {}
         for name, path in texts.items():
-            tokens = tokenize(read_documents(path), self.source.tokenizer)
-            self.windows[name] = evaluation_windows(tokens, 512, windows)
+            self.windows[name] = evaluation_windows(file_tokens(path, self.source.tokenizer), 512, windows)
         self._seed: int | None = None
         self._calibration: Calibration | None = None
         self._ordered = self.original

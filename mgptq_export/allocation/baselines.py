@@ -16,7 +16,7 @@ def allocate_by_hessian(problem: AllocationProblem) -> Allocation:
 def allocate_uniformly(problem: AllocationProblem) -> Allocation:
     """The same bits for every linear; within a linear the first blocks get what does not come out even."""
     sizes = problem.block_sizes()
-    position = torch.cat([torch.arange(linear.blocks) / linear.blocks for linear in problem.linears])
+    position = torch.cat([(torch.arange(linear.blocks) + 0.5) / linear.blocks for linear in problem.linears])
     # A convex cost per weight that all linears share, tilted towards the first blocks to order the upgrades.
     weights = torch.cat([torch.full((linear.blocks,), float(linear.rows)) for linear in problem.linears])
     step = torch.arange(len(problem.formats), 0, -1, dtype=torch.float64)

@@ -11,7 +11,7 @@ __all__ = ["cheapest_within", "choose", "price_for"]
 
 def choose(costs: torch.Tensor, sizes: torch.Tensor, price: float) -> torch.Tensor:
     """The format that minimizes ``cost + price * size`` of every unit: int64 [units]."""
-    return (costs + price * sizes).argmin(-1)
+    return (costs + price * sizes.double()).argmin(-1)
 
 
 def total_size(choice: torch.Tensor, sizes: torch.Tensor) -> int:

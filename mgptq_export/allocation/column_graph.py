@@ -38,7 +38,7 @@ def build_graphs(linears: Sequence[LinearProblem]) -> ColumnGraph:
     """Build every linear's column graph; linears of one input group share edges, and differ in their features."""
     graphs, edges_of_factor = [], {}
     first_unit = 0
-    sensitivities = torch.stack([linear.sensitivity.mean().log() for linear in linears])
+    sensitivities = torch.stack([linear.sensitivity.mean().clamp_min(1e-30).log() for linear in linears])
     centre, spread = sensitivities.mean(), sensitivities.std().clamp_min(1e-3) if len(linears) > 1 else 1.0
     for linear, sensitivity in zip(linears, sensitivities, strict=True):
         key = id(linear.factor)

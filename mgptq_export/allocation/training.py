@@ -46,6 +46,8 @@ def allocate_by_gnn(problem: AllocationProblem, steps: int, seed: int) -> Alloca
     """
     generator = torch.Generator().manual_seed(seed)
     costs, sizes = problem.costs(), problem.block_sizes()
+    if int(sizes.max(1).values.sum()) <= problem.budget:  # enough for all: nothing competes, and bits have no price
+        return problem.allocation(cheapest_within(costs, sizes, problem.budget))
     reference = price_for(costs, sizes, problem.budget)
     bits_per_weight = torch.tensor([FORMATS[fmt].bits_per_weight for fmt in problem.formats]).double()
     log_costs = _normalized(costs, sizes, reference)

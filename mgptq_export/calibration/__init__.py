@@ -1,13 +1,12 @@
 """Calibration: the text, and what it tells about the model."""
 
 from mgptq_export.calibration.statistics import GroupStatistics, ModelStatistics, collect_statistics
-from mgptq_export.calibration.text import calibration_tokens, read_documents, tokenize
+from mgptq_export.calibration.text import calibration_tokens, file_tokens
 
 __all__ = [
     "GroupStatistics",
     "ModelStatistics",
     "calibration_tokens",
     "collect_statistics",
-    "read_documents",
-    "tokenize",
+    "file_tokens",
 ]

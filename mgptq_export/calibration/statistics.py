@@ -125,6 +125,8 @@ def _run(model: nn.Module, batch: torch.Tensor, backward: bool, generator: torch
     # Gradients flow through activations only: weights are frozen, so their gradients are never formed.
     embedded = model.get_input_embeddings()(batch).requires_grad_(True)  # type: ignore[operator]
     logits = model(inputs_embeds=embedded, use_cache=False).logits.float().flatten(0, 1)
+    if not torch.isfinite(logits).all():
+        raise NumericalError("the model's logits are NaN or infinite on the calibration text; check the model")
     probabilities = torch.softmax(logits.detach(), -1).cpu()
     labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()

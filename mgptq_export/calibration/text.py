@@ -1,6 +1,5 @@
 """Calibration sequences: sampled from the model itself, or cut from text."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -8,39 +7,23 @@ from tokenizers import Tokenizer
 
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
-from mgptq_runtime.errors import BadInputError, CalibrationError
+from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
+from mgptq_runtime.perplexity import read_text
 from mgptq_runtime.progress import track
 
-__all__ = ["calibration_tokens", "read_documents", "tokenize"]
+__all__ = ["calibration_tokens", "file_tokens"]
 
 
-def read_documents(path: Path) -> list[str]:
-    """Documents of a ``.txt`` file (one) or a ``.jsonl`` file (field ``text`` of every line).
+def file_tokens(path: Path, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a text file as the runtime reads it: documents joined by a blank line, tokenized once, none special.
 
     Raises:
-        BadInputError: unreadable, of another kind, or without text.
+        BadInputError: a file that cannot be read, or holds no text.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"text file {path} cannot be read: {error}") from error
-    if path.suffix == ".txt":
-        documents = [content]
-    elif path.suffix == ".jsonl":
-        try:
-            documents = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInputError(f"{path}: every line must be a JSON object with a field 'text' ({error})") from error
-    else:
-        raise BadInputError(f"{path}: text files end in .txt or .jsonl")
-    if not any(isinstance(document, str) and document.strip() for document in documents):
+    text = read_text(path)
+    if not text.strip():
         raise BadInputError(f"{path} holds no text")
-    return documents
-
-
-def tokenize(documents: list[str], tokenizer: Tokenizer) -> list[int]:
-    """Documents joined by a blank line, tokenized once without special tokens."""
-    return tokenizer.encode("\n\n".join(documents), add_special_tokens=False).ids
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
@@ -56,11 +39,14 @@ def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
     generator = torch.Generator().manual_seed(recipe.seed)
     if recipe.calibration == "self":
         return sample_from_model(source, recipe.samples, recipe.sequence_length, generator)
-    path = Path(recipe.calibration)
-    documents = read_documents(path) if path.exists() or path.suffix else _hub_documents(recipe.calibration)
     if source.tokenizer is None:
         raise BadInputError(f"{source.source} has no tokenizer to calibrate with text; use --calibration self")
-    tokens = torch.tensor(tokenize(documents, source.tokenizer))
+    path = Path(recipe.calibration)
+    if path.exists() or path.suffix:
+        tokens = torch.tensor(file_tokens(path, source.tokenizer))
+    else:
+        text = "\n\n".join(_hub_documents(recipe.calibration))
+        tokens = torch.tensor(source.tokenizer.encode(text, add_special_tokens=False).ids)
     chunks = tokens.numel() // recipe.sequence_length
     if chunks < recipe.samples:
         raise CalibrationError(
@@ -104,6 +90,8 @@ def sample_from_model(source: SourceModel, samples: int, length: int, generator:
             output = model(tokens[:, -1:].to(device), past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             logits = output.logits[:, -1].float().cpu()
+            if not torch.isfinite(logits).all():
+                raise NumericalError("the model's logits are NaN or infinite on text of its own; check the model")
             logits[:, ended] = float("-inf")
             probabilities = torch.softmax(logits, -1)
             tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], 1)

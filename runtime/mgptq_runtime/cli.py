@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mgptq_runtime.errors import MgptqError
+from mgptq_runtime.signals import exit_on_signals
 
 if TYPE_CHECKING:
     from mgptq_runtime.check import CheckResult
@@ -17,20 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["cli", "main"]
 
-INTERRUPTED = 130
-
 
 class ErrorReportingGroup(click.Group):
-    """Turns the typed errors into one message and exit code 1, an interrupt into 130."""
+    """Turns the typed errors into one message and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except MgptqError as error:
             raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -274,4 +270,5 @@ def info(package: Path, as_json: bool) -> None:
 
 def main() -> None:
     """The entry point: exit code 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    exit_on_signals()
     cli(prog_name="mgptq-run")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import RECIPE
 
-from mgptq_export.calibration import calibration_tokens, collect_statistics, read_documents, tokenize
+from mgptq_export.calibration import calibration_tokens, collect_statistics, file_tokens
 from mgptq_export.calibration.statistics import HessianAccumulator
 from mgptq_export.models import SourceModel, load_source
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
@@ -127,7 +127,7 @@ def test_self_calibration_never_writes_an_end_of_text_that_the_model_insists_on(
 def test_text_calibration_is_cut_from_the_text(source, text_file):
     recipe = replace(RECIPE, calibration=str(text_file), samples=5, sequence_length=32)
     tokens = calibration_tokens(source, recipe)
-    whole = tokenize([text_file.read_text()], source.tokenizer)
+    whole = file_tokens(text_file, source.tokenizer)
     chunks = {tuple(whole[i : i + 32]) for i in range(0, len(whole) - 31, 32)}
     assert tokens.shape == (5, 32)
     assert {tuple(sample.tolist()) for sample in tokens} <= chunks
@@ -138,7 +138,7 @@ def test_text_calibration_is_cut_from_the_text(source, text_file):
 def test_text_too_short_says_how_much_there_is_and_how_much_is_needed(source, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("A few words only.")
-    available = len(tokenize(["A few words only."], source.tokenizer))
+    available = len(file_tokens(path, source.tokenizer))
     recipe = replace(RECIPE, calibration=str(path), samples=3, sequence_length=50)
     with pytest.raises(CalibrationError, match=rf"gives {available} tokens; .* need 150\b"):
         calibration_tokens(source, recipe)
@@ -156,18 +156,11 @@ def test_text_without_a_tokenizer_is_refused(odd_model, text_file):
         calibration_tokens(source, replace(RECIPE, calibration=str(text_file)))
 
 
-def test_jsonl_documents_are_joined_by_a_blank_line(source, tmp_path):
+def test_tokens_of_a_file_are_those_of_its_joined_documents_without_special_ones(source, tmp_path):
     path = tmp_path / "two.jsonl"
     path.write_text(json.dumps({"text": "First é."}) + "\n\n" + json.dumps({"text": "Second."}) + "\n")
-    documents = read_documents(path)
-    assert documents == ["First é.", "Second."]
-    assert tokenize(documents, source.tokenizer) == tokenize(["First é.\n\nSecond."], source.tokenizer)
-
-
-def test_a_txt_file_is_one_document(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("One.\n\nTwo.\n")
-    assert read_documents(path) == ["One.\n\nTwo.\n"]
+    expected = source.tokenizer.encode("First é.\n\nSecond.", add_special_tokens=False).ids
+    assert file_tokens(path, source.tokenizer) == expected
 
 
 @pytest.mark.parametrize(
@@ -181,20 +174,12 @@ def test_a_txt_file_is_one_document(tmp_path):
         ("a.jsonl", b"", "holds no text"),
         ("a.txt", b" \n\n", "holds no text"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read"),
-        ("a.csv", b"x,y", r"end in \.txt or \.jsonl"),
         ("missing.txt", None, "cannot be read"),
     ],
 )
-def test_unusable_text_files_are_refused(tmp_path, name, content, message):
+def test_unusable_text_files_are_refused(source, tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(BadInputError, match=message):
-        read_documents(path)
-
-
-def test_json_lines_end_at_newlines_only(tmp_path):
-    """JSON allows U+2028 and its like inside a string, so a line of JSON may hold them unescaped."""
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one\u2028two\x85three"}\n', encoding="utf-8")
-    assert read_documents(path) == ["one\u2028two\x85three"]
+        file_tokens(path, source.tokenizer)

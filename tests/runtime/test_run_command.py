@@ -120,12 +120,17 @@ def test_text_needs_a_tokenizer(tmp_path):
     assert "has no tokenizer" in result.stderr
 
 
-def test_an_interrupt_exits_with_130(folder, monkeypatch):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mgptq_runtime.info.describe", interrupt)
-    assert run("info", folder).exit_code == 130
+@pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_a_command_with_its_code(folder, number, code):
+    script = (
+        "import os, signal, sys, mgptq_runtime.info\n"
+        "from mgptq_runtime.cli import main\n"
+        f"mgptq_runtime.info.describe = lambda package: os.kill(os.getpid(), signal.{number})\n"
+        "sys.argv = ['mgptq-run', 'info', sys.argv[1]]\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "interrupted\n")
 
 
 def test_the_installed_module_runs_and_imports_nothing_of_the_workstation(folder):

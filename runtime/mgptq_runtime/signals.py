@@ -1,0 +1,19 @@
+"""Ending on signals: exit code 128 + number, with everything cleaned up on the way out."""
+
+import os
+import signal
+from typing import NoReturn
+
+__all__ = ["exit_on_signals"]
+
+
+def exit_on_signals() -> None:
+    """Turn SIGINT and SIGTERM into SystemExit(130) and SystemExit(143)."""
+    signal.signal(signal.SIGINT, _exit)
+    signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(signum: int, frame: object) -> NoReturn:
+    # Not KeyboardInterrupt: it kills Python by SIGINT when it strikes inside exec(), even where it is caught.
+    os.write(2, b"interrupted\n")
+    raise SystemExit(128 + signum)
