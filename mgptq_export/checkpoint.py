@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from mgptq_runtime.errors import PackageError
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
 
-__all__ = ["TOKENIZER_FILES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
+__all__ = ["TOKENIZER_FILES", "Checkpoint", "copy_tokenizer", "read_checkpoint", "write_checkpoint"]
 
 FORMAT_VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -57,6 +57,13 @@ def _linear_layout(linear: QuantizedLinear) -> dict[str, Any]:
 
 def _linear_tensors(linear: QuantizedLinear) -> dict[str, np.ndarray]:
     return {f"{linear.name}.{i}.{segment.format}": segment.data for i, segment in enumerate(linear.segments)}
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy those of :data:`TOKENIZER_FILES` that a folder has into another."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def write_checkpoint(
@@ -103,9 +110,7 @@ def write_checkpoint(
     full_config = {**config, "quantization_config": quantization_config}
     save_file({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(full_config, indent=2) + "\n")
-    for file_name in TOKENIZER_FILES:
-        if (tokenizer_folder / file_name).is_file():
-            shutil.copyfile(tokenizer_folder / file_name, folder / file_name)
+    copy_tokenizer(tokenizer_folder, folder)
     return Checkpoint(folder, model, full_config)
 
 

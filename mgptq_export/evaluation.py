@@ -1,5 +1,6 @@
 """Perplexity, KL divergence and top-1 agreement against the original model."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def evaluate(
                 advance()
     return {
         name: Quality(
-            float(torch.tensor(losses[name] / scored).double().exp()),
+            math.exp(losses[name] / scored),
             scored,
             divergences[name] / scored,
             agreements[name] / scored,

@@ -1,13 +1,11 @@
-"""From a model to a package: quantize, export, check, evaluate, and the manifest that tells it all."""
+"""From a model to a package: quantize, export, evaluate, and the manifest that tells it all."""
 
 import copy
-import hashlib
 import importlib.metadata
 import json
 import platform
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,17 +26,24 @@ from mgptq_export.targets import TARGETS, target_named
 from mgptq_runtime.backends import Backend
 from mgptq_runtime.check import DEFAULT_BOUNDS
 from mgptq_runtime.errors import BadInputError, OutputExistsError, PackageError
-from mgptq_runtime.formats import FORMATS
 from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
-from mgptq_runtime.package import open_package
+from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, file_sha256, open_package
 from mgptq_runtime.progress import track
 
-__all__ = ["EvaluationText", "evaluate_package", "export", "quantize_to", "read_manifest", "run"]
+__all__ = [
+    "EvaluationText",
+    "evaluate_package",
+    "export",
+    "formats_for",
+    "quantize_to",
+    "read_manifest",
+    "run",
+    "verified_checkpoint",
+]
 
-MANIFEST_VERSION = 1
-MANIFEST_FILE = "manifest.json"
 CHECKPOINT_FOLDER = "quantized"
 GOLDEN_FILE = "golden.npz"
+MANIFEST_KEYS = {"name", "bits", "targets", "files"}
 VERSIONED = ("mgptq-export", "mgptq-runtime", "torch", "transformers", "numpy", "onnx", "onnxruntime", "gguf")
 
 
@@ -71,7 +76,10 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         partial.chmod(0o755)
         yield partial
-        _replace_folder(partial, out)
+        if overwrite:
+            _replace_folder(partial, out)
+        else:
+            partial.rename(out)  # fails where something has appeared in the meantime
     except (OSError, SafetensorError) as error:
         raise BadInputError(f"writing {out} failed: {error}") from error
     finally:
@@ -79,7 +87,13 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _is_ours(out: Path) -> bool:
-    return out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))
+    if not out.is_dir():
+        return False
+    try:
+        manifest = json.loads((out / MANIFEST_FILE).read_text())
+    except (OSError, ValueError):
+        return not any(out.iterdir())
+    return isinstance(manifest, dict) and manifest.keys() >= MANIFEST_KEYS
 
 
 def _replace_folder(new: Path, out: Path) -> None:
@@ -123,18 +137,17 @@ def run(
     Raises:
         MgptqError: see :mod:`mgptq_runtime.errors`; nothing is left behind.
     """
-    formats_for(recipe, targets)
+    recipe = formats_for(recipe, targets)
     with new_folder(out, overwrite) as folder:
         source = load_source(model, device=device, trust_remote_code=trust_remote_code)
         windows = _windows(source, text) if text else None
         original = copy.deepcopy(source.model) if text else None
-        checkpoint, golden = _quantize_into(folder / CHECKPOINT_FOLDER, source, formats_for(recipe, targets))
+        checkpoint, golden = _quantize_into(folder / CHECKPOINT_FOLDER, source, recipe)
         _export_into(folder, checkpoint, golden, targets)
         manifest = _write_manifest(folder, checkpoint, targets, None)
         if text and windows is not None:
-            scorers = {"checkpoint": torch_scorer(source.model), **_package_scorers(folder)}
-            quality = evaluate(windows, torch_scorer(original), scorers)
-            manifest = _write_manifest(folder, checkpoint, targets, _evaluation_json(text, quality))
+            quality = evaluate(windows, torch_scorer(original), _scorers(source, folder, targets))
+            manifest = _write_manifest(folder, checkpoint, targets, _evaluation_json(text, windows, quality))
         return manifest
 
 
@@ -163,6 +176,8 @@ def export(
     Returns:
         the manifest.
     """
+    if out and out.resolve().is_relative_to(package.resolve()):
+        raise BadInputError(f"{out} lies in the package itself; leave -o out to extend the package")
     known = read_manifest(package)
     checkpoint = verified_checkpoint(package, known)
     used = {segment.format for linear in checkpoint.model.linears() for segment in linear.segments}
@@ -191,8 +206,8 @@ def evaluate_package(package: Path, model: str, text: EvaluationText, *, device:
     windows = _windows(source, text)
     original = copy.deepcopy(source.model)
     load_quantized_weights(source, checkpoint.model)
-    scorers = {"checkpoint": torch_scorer(source.model), **(_package_scorers(package) if manifest["targets"] else {})}
-    return _evaluation_json(text, evaluate(windows, torch_scorer(original), scorers))
+    quality = evaluate(windows, torch_scorer(original), _scorers(source, package, manifest["targets"]))
+    return _evaluation_json(text, windows, quality)
 
 
 def formats_for(recipe: Recipe, targets: Sequence[str]) -> Recipe:
@@ -221,7 +236,7 @@ def read_manifest(package: Path) -> dict[str, Any]:
         manifest = json.loads((package / MANIFEST_FILE).read_text())
         if manifest["format_version"] != MANIFEST_VERSION:
             raise PackageError(f"{package}: manifest version {manifest['format_version']} is not {MANIFEST_VERSION}")
-        if missing := {"name", "bits", "targets", "files"} - manifest.keys():
+        if missing := MANIFEST_KEYS - manifest.keys():
             raise PackageError(f"{package}: the manifest lacks {', '.join(sorted(missing))}; quantize the model again")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PackageError(
@@ -239,7 +254,7 @@ def verified_checkpoint(package: Path, manifest: dict[str, Any]) -> Checkpoint:
     for file in manifest["files"]:
         path = package / file["path"]
         if path.parent == package / CHECKPOINT_FOLDER:
-            found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+            found = file_sha256(path) if path.is_file() else "none"
             if found != file["sha256"]:
                 raise PackageError(
                     f"{path} has SHA-256 {found}, the manifest says {file['sha256']}; copy or quantize it again"
@@ -250,6 +265,9 @@ def verified_checkpoint(package: Path, manifest: dict[str, Any]) -> Checkpoint:
 def _windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
     if source.tokenizer is None:
         raise BadInputError(f"{source.source} has no tokenizer, so text cannot be evaluated; leave --evaluate out")
+    limit = source.model.config.max_position_embeddings
+    if text.window > limit:
+        raise BadInputError(f"a window of {text.window} tokens is beyond the model's context of {limit}; see --window")
     return evaluation_windows(file_tokens(text.path, source.tokenizer), text.window, text.windows)
 
 
@@ -275,13 +293,17 @@ def _export_into(folder: Path, checkpoint: Checkpoint, golden: GoldenVectors, ta
             advance()
 
 
-def _package_scorers(package: Path) -> dict[str, Scorer]:
+def _scorers(source: SourceModel, package: Path, targets: Sequence[str]) -> dict[str, Scorer]:
+    """The quantized model in PyTorch, and what the package's exports compute."""
+    scorers = {"checkpoint": torch_scorer(source.model)}
+    if not targets:
+        return scorers
     opened = open_package(package)
-    scorers = {}
     for name in opened.backends:
         levels = {"onnx": 4, "onnx_exact": 0} if name == "onnx" else {name: 4}
         for label, level in levels.items():
-            scorers[label] = _backend_scorer(opened.backend(name, accuracy_level=level))
+            backend = opened.backend(name, accuracy_level=level, threads=torch.get_num_threads())
+            scorers[label] = _backend_scorer(backend)
     return scorers
 
 
@@ -289,12 +311,12 @@ def _backend_scorer(backend: Backend) -> Scorer:
     return lambda tokens: torch.from_numpy(backend.forward(tokens.numpy(), backend.new_cache()))[0]
 
 
-def _evaluation_json(text: EvaluationText, quality: dict[str, Quality]) -> dict[str, Any]:
+def _evaluation_json(text: EvaluationText, windows: torch.Tensor, quality: dict[str, Quality]) -> dict[str, Any]:
     return {
         "text": text.path.name,
-        "text_sha256": hashlib.sha256(text.path.read_bytes()).hexdigest(),
+        "text_sha256": file_sha256(text.path),
         "window": text.window,
-        "windows": text.windows,
+        "windows": len(windows),
         "results": {name: value.to_json() for name, value in quality.items()},
     }
 
@@ -312,10 +334,6 @@ def _write_manifest(
     quantization = checkpoint.config["quantization_config"]
     model = checkpoint.model
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
-    used: Counter[str] = Counter()
-    for linear in model.linears():
-        for segment in linear.segments:
-            used[segment.format] += linear.rows * segment.columns
     manifest = {
         "format_version": MANIFEST_VERSION,
         "name": checkpoint.name,
@@ -324,7 +342,7 @@ def _write_manifest(
             "requested": quantization["recipe"]["bits"],
             "stored": model.bits_stored,
             "linear_weights": model.linear_weights,
-            "weights_by_format": {name: used[name] for name in FORMATS if used[name]},
+            "weights_by_format": model.weights_by_format(),
         },
         "targets": list(targets),
         "recipe": quantization["recipe"],
@@ -337,7 +355,7 @@ def _write_manifest(
             {
                 "path": path.relative_to(folder).as_posix(),
                 "bytes": path.stat().st_size,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "sha256": file_sha256(path),
             }
             for path in paths
         ],

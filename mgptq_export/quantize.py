@@ -1,8 +1,7 @@
 """Quantizing a model: calibrate, allocate, solve. Everything here works on a model in memory."""
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +17,14 @@ from mgptq_export.allocation import (
     allocate_by_hessian,
     allocate_uniformly,
 )
-from mgptq_export.calibration import ModelStatistics, calibration_tokens, collect_statistics
-from mgptq_export.calibration.statistics import HessianAccumulator
+from mgptq_export.calibration import HessianAccumulator, ModelStatistics, calibration_tokens, collect_statistics
 from mgptq_export.models import FAMILIES, GroupModules, SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_export.solver import InverseFactor, factorize, pack_linear, solve_blockwise
 from mgptq_runtime.errors import BudgetError
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.progress import track
-from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, permutation_dtype
 
 __all__ = [
     "Calibration",
@@ -38,8 +36,6 @@ __all__ = [
     "round_to_nearest",
     "solve",
 ]
-
-logger = logging.getLogger(__name__)
 
 BITS_WINDOW = 0.05
 SEQUENCES_AT_ONCE = 4
@@ -120,7 +116,7 @@ def _renumber_intermediate(
 
 
 def _permutation_bits(columns: int) -> int:
-    return columns * (16 if columns <= 32767 else 32)
+    return columns * permutation_dtype(columns).itemsize * 8
 
 
 def _is_permuted(group: GroupModules) -> bool:
@@ -343,10 +339,8 @@ def _first_layer_inputs(source: SourceModel, tokens: torch.Tensor) -> tuple[list
     handle = source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for batch in tokens.split(SEQUENCES_AT_ONCE):
-            try:
+            with suppress(_StopForward):
                 source.model(batch.to(source.model.device), use_cache=False)
-            except _StopForward:
-                continue
     finally:
         handle.remove()
     return states, arguments
@@ -370,13 +364,22 @@ def _layer_hessians(
     layer: nn.Module, groups: list[GroupModules], states: list[torch.Tensor], arguments: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """Hessians of a layer's input groups on the given inputs: float32 [columns, columns] by group name."""
-    accumulators = {}
+    accumulators = {group.name: HessianAccumulator(group.columns, states[0].device) for group in groups}
+
+    def feed(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            accumulators[name].add(inputs[0])
+            if name == groups[-1].name:
+                raise _StopForward  # nothing behind the last group's input is wanted
+
+        return add
+
     handles = []
     for group in groups:
         first = next(iter(group.modules.values()))
-        accumulator = accumulators[group.name] = HessianAccumulator(group.columns, states[0].device)
-        handles.append(first.register_forward_pre_hook(lambda module, inputs, into=accumulator: into.add(inputs[0])))
+        handles.append(first.register_forward_pre_hook(feed(group.name)))
     with _hooked(handles):
         for state in states:
-            _layer_output(layer, state, arguments)
+            with suppress(_StopForward):
+                _layer_output(layer, state, arguments)
     return {name: accumulator.hessian for name, accumulator in accumulators.items()}

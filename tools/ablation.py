@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,7 +21,7 @@ import click
 import torch
 
 from mgptq_export.calibration import file_tokens
-from mgptq_export.evaluation import evaluation_windows, torch_scorer
+from mgptq_export.evaluation import evaluation_windows
 from mgptq_export.models import SourceModel, load_source
 from mgptq_export.quantize import Calibration, allocate, calibrate, round_to_nearest, solve
 from mgptq_export.recipe import Recipe
@@ -50,13 +50,15 @@ def rows(seeds: int) -> Iterator[Row]:
     yield Row("fp32", None, 0)
     for bits, fmt in CODE_BITS.items():
         yield Row(f"rounding {fmt}", bits + 0.25, 0)
-    for seed in range(seeds):
-        for bits, fmt in CODE_BITS.items():
-            if seed == 0 or bits + 0.25 in SEEDED_BITS:
-                yield Row(f"uniform GPTQ {fmt}", bits + 0.25, seed)
-        for bits in STORED_BITS if seed == 0 else SEEDED_BITS:
-            yield Row("hessian", bits, seed)
-            yield Row("gnn", bits, seed)
+    for bits, fmt in CODE_BITS.items():
+        yield Row(f"uniform GPTQ {fmt}", bits + 0.25, 0)
+    for bits in STORED_BITS:
+        yield from (Row(method, bits, 0) for method in ("gnn", "hessian"))
+    for seed in range(1, seeds):
+        for bits in SEEDED_BITS:
+            yield from (Row(method, bits, seed) for method in (f"uniform GPTQ b{bits:.0f}", "gnn"))
+    for seed in range(1, seeds):
+        yield from (Row("hessian", bits, seed) for bits in SEEDED_BITS)
 
 
 class Bench:
@@ -86,7 +88,7 @@ class Bench:
         return self._calibration
 
     def _recipe(self, **fields: Any) -> Recipe:
-        return Recipe(**{**self.recipe.to_json(), "formats": self.recipe.formats, **fields})
+        return replace(self.recipe, **fields)
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Quantize as the row says, and score all texts."""
@@ -118,15 +120,15 @@ class Bench:
 
     def perplexity(self, windows: torch.Tensor, name: str) -> float:
         """Over the second half of every window, given the first."""
-        score = torch_scorer(self.source.model)
         half = windows.shape[1] // 2
         total = 0.0
-        with track(f"Scoring {name}", len(windows)) as advance:
+        with torch.no_grad(), track(f"Scoring {name}", len(windows)) as advance:
             for window in windows:
-                predicted = torch.log_softmax(score(window[None])[half - 1 : -1], -1)
-                total -= predicted.gather(1, window[half:, None]).double().sum().item()
+                output = self.source.model(window[None], use_cache=False, logits_to_keep=half + 1)
+                predicted = torch.log_softmax(output.logits[0, :-1], -1)
+                total -= predicted.gather(1, window[-half:, None]).double().sum().item()
                 advance()
-        return math.exp(total / (len(windows) * (windows.shape[1] - half)))
+        return math.exp(total / (len(windows) * half))
 
 
 def table(results: list[dict[str, Any]], texts: list[str]) -> str:
@@ -163,8 +165,17 @@ def _texts(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.option("--text", "texts", multiple=True, required=True, callback=_texts, help="NAME=FILE, may be repeated.")
 @click.option("--windows", default=30, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
+@click.option("--only", type=int, multiple=True, help="Measure these seeds only, as to share the work.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Writes OUT.json and OUT.md.")
-def main(model: str | None, calibration: str, texts: dict[str, Path], windows: int, seeds: int, out: Path) -> None:
+def main(
+    model: str | None,
+    calibration: str,
+    texts: dict[str, Path],
+    windows: int,
+    seeds: int,
+    only: tuple[int, ...],
+    out: Path,
+) -> None:
     """Measure every part of the method and write one table."""
     from demo import smollm2_file
 
@@ -172,7 +183,7 @@ def main(model: str | None, calibration: str, texts: dict[str, Path], windows: i
     results: dict[str, Any] = json.loads(results_file.read_text()) if results_file.exists() else {}
     bench = Bench(model or str(smollm2_file()), calibration, texts, windows)
     for row in rows(seeds):
-        if row.key not in results:
+        if row.key not in results and (not only or row.seed in only):
             print(f"{row.method} at {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
             results[row.key] = bench.measure(row)
             results_file.parent.mkdir(parents=True, exist_ok=True)

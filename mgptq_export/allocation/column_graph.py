@@ -22,7 +22,7 @@ class ColumnGraph:
     Attributes:
         features: float32 [nodes, FEATURES], independent of the model's size.
         edge_index: int64 [2, edges], from neighbour to column.
-        edge_weight: float32 [edges], above 0 and at most 1.
+        edge_weight: float32 [edges], 0 to 1.
         block_of_node: int64 [nodes], the allocation unit that a column belongs to.
         units: number of allocation units (blocks of all linears).
     """
@@ -62,8 +62,9 @@ def build_graphs(linears: Sequence[LinearProblem]) -> ColumnGraph:
 def strongest_edges(upper: torch.Tensor, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The columns that compensate most for one another.
 
-    ``|U_ij| / U_ii`` is how much of column ``i``'s rounding error is passed on to the later column ``j``, here
-    relative to ``j``'s own scale ``U_jj``. Every column keeps its strongest neighbours in either direction.
+    ``|U_ij| / U_ii`` is how much of column ``i``'s rounding error is passed on to the later column ``j``; here
+    ``c = |U_ij| / sqrt(U_ii U_jj)``, relative to the scales of both, weighs an edge as ``c / (1 + c)``. Every column
+    keeps its strongest neighbours in either direction.
 
     Args:
         upper: float32 [columns, columns].

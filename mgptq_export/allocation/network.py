@@ -25,9 +25,10 @@ class AllocatorNetwork(nn.Module):
         super().__init__()
         self.first = GraphConv(FEATURES, hidden, aggr="mean")
         self.second = GraphConv(hidden, hidden, aggr="mean")
-        self.allocator = nn.Sequential(nn.Linear(hidden + formats, hidden), nn.SiLU(), nn.Linear(hidden, formats))
-        nn.init.zeros_(self.allocator[-1].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.allocator[-1].bias)  # type: ignore[arg-type]
+        inner, last = nn.Linear(hidden + formats, hidden), nn.Linear(hidden, formats)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.allocator = nn.Sequential(inner, nn.SiLU(), last)
 
     def forward(self, graph: ColumnGraph, log_costs: torch.Tensor) -> torch.Tensor:
         """Corrections to add to ``log_costs``.

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mgptq_export.solver import InverseFactor, grid_of, search_scales
-from mgptq_export.solver.blockwise import column_importance, pad_columns
+from mgptq_export.solver import InverseFactor, column_importance, grid_of, pad_columns, search_scales
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.progress import track
 
@@ -51,7 +50,7 @@ class LinearProblem:
         return self.rows * FORMATS[fmt].block_bytes * 8
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weight [rows, padded], factor [padded, padded] and column importance [padded]."""
+        """Weight [rows, padded], factor [padded, padded] and column importance [padded]: float32, not to be changed."""
         weight, upper = pad_columns(self.weight, self.factor.upper)
         return weight, upper, column_importance(upper, self.weight.shape[1])
 

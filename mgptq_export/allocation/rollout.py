@@ -70,19 +70,21 @@ class Rollout:
 
     def _run(self, stack: _Stack, choice: torch.Tensor) -> torch.Tensor:
         weight, sensitivity = self._sample(stack)
+        choice = choice.to(weight.device)
         linears, _, columns = weight.shape
         blocks = columns // BLOCK_COLUMNS
         result = torch.zeros(linears, blocks, len(self._formats), dtype=torch.float64)
         grids = [grid_of(name) for name in self._formats]
         levels, steps, offsets = (
-            torch.tensor([float(getattr(grid, key)) for grid in grids])[choice] for key in ("levels", "step", "offset")
+            torch.tensor([float(getattr(grid, key)) for grid in grids], device=weight.device)[choice]
+            for key in ("levels", "step", "offset")
         )
         for block in range(blocks):
             span = slice(block * BLOCK_COLUMNS, (block + 1) * BLOCK_COLUMNS)
             current = weight[:, :, span]
             found = [search_scales(current, stack.importance[:, None, span], grid, SCALE_CANDIDATES) for grid in grids]
             losses = torch.stack([error for _, error in found], -1).double() * sensitivity[..., None]
-            result[:, block] = losses.sum(1)
+            result[:, block] = losses.sum(1).cpu()
             chosen = choice[:, block, None, None].expand(-1, self._rows, 1)
             scales = torch.stack([scale for scale, _ in found], -1).gather(-1, chosen).squeeze(-1)
             grid = [value[:, block, None] for value in (levels, steps, offsets)]

@@ -1,10 +1,11 @@
 """Calibration: the text, and what it tells about the model."""
 
-from mgptq_export.calibration.statistics import GroupStatistics, ModelStatistics, collect_statistics
+from mgptq_export.calibration.statistics import GroupStatistics, HessianAccumulator, ModelStatistics, collect_statistics
 from mgptq_export.calibration.text import calibration_tokens, file_tokens
 
 __all__ = [
     "GroupStatistics",
+    "HessianAccumulator",
     "ModelStatistics",
     "calibration_tokens",
     "collect_statistics",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,13 +118,13 @@ def _watch_gradient(total: torch.Tensor) -> Callable[[nn.Module, object, torch.T
     return watch
 
 
-def _run(model: nn.Module, batch: torch.Tensor, backward: bool, generator: torch.Generator) -> None:
+def _run(model: Any, batch: torch.Tensor, backward: bool, generator: torch.Generator) -> None:
     if not backward:
         with torch.no_grad():
             model(batch, use_cache=False)
         return
     # Gradients flow through activations only: weights are frozen, so their gradients are never formed.
-    embedded = model.get_input_embeddings()(batch).requires_grad_(True)  # type: ignore[operator]
+    embedded = model.get_input_embeddings()(batch).requires_grad_(True)
     logits = model(inputs_embeds=embedded, use_cache=False).logits.float().flatten(0, 1)
     if not torch.isfinite(logits).all():
         raise NumericalError("the model's logits are NaN or infinite on the calibration text; check the model")

@@ -13,6 +13,8 @@ from mgptq_runtime.progress import track
 
 __all__ = ["calibration_tokens", "file_tokens"]
 
+TEXT_SUFFIXES = (".txt", ".jsonl")
+
 
 def file_tokens(path: Path, tokenizer: Tokenizer) -> list[int]:
     """Tokens of a text file as the runtime reads it: documents joined by a blank line, tokenized once, none special.
@@ -42,7 +44,7 @@ def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
     if source.tokenizer is None:
         raise BadInputError(f"{source.source} has no tokenizer to calibrate with text; use --calibration self")
     path = Path(recipe.calibration)
-    if path.exists() or path.suffix:
+    if path.exists() or path.suffix in TEXT_SUFFIXES:
         tokens = torch.tensor(file_tokens(path, source.tokenizer))
     else:
         text = "\n\n".join(_hub_documents(recipe.calibration))

@@ -58,7 +58,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: dict[str, Family] = {"llama": llama}  # type: ignore[dict-item]
+FAMILIES: dict[str, Family] = {"llama": llama}
 
 
 def family_of(config: Mapping[str, Any]) -> str:

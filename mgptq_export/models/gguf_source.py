@@ -56,7 +56,7 @@ def read_gguf_config(reader: gguf.GGUFReader) -> dict[str, Any]:
     """The Hugging Face configuration that the file's metadata describes.
 
     Raises:
-        UnsupportedModelError: another architecture than llama.
+        UnsupportedModelError: another architecture than llama, experts, or scaled rotary frequencies.
         BadInputError: a hyper-parameter is missing.
     """
     meta = _metadata(reader)
@@ -64,7 +64,7 @@ def read_gguf_config(reader: gguf.GGUFReader) -> dict[str, Any]:
     if architecture != "llama":
         raise UnsupportedModelError(f"GGUF architecture {architecture!r} is not supported; supported: llama")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if "rope_freqs.weight" in tensors:
+    if "rope_freqs.weight" in tensors or meta.get("llama.rope.scaling.type", "none") != "none":
         raise UnsupportedModelError(
             "GGUF files with scaled rotary frequencies are not supported; use the model's Hugging Face folder instead"
         )

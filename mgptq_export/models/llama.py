@@ -9,7 +9,7 @@ from torch import nn
 
 from mgptq_runtime.errors import UnsupportedModelError
 
-MODEL_TYPES = ("llama",)
+MODEL_TYPES: tuple[str, ...] = ("llama",)
 
 
 def check_config(config: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,12 +137,13 @@ def _model_path(source: str, *, weights: bool) -> Path:
 
 
 def _model_name(source: str) -> str:
+    """The last part of the path; of a GGUF file without its type: ``Llama-3.2-1B`` of ``Llama-3.2-1B.Q4_K_M.gguf``."""
     name = Path(source).resolve().name
-    return name.removesuffix(".gguf").rsplit(".", 1)[0] if name.endswith(".gguf") else name
+    return re.sub(r"(\.(I?Q\d\w*|B?F16|F32))?\.gguf$", "", name, flags=re.IGNORECASE)
 
 
 def load_quantized_weights(source: SourceModel, quantized: QuantizedModel) -> None:
-    """Replace the model's weights by a quantized model's, dequantized.
+    """Replace the model's weights by a quantized model's, dequantized; biases too, as their rows are renumbered.
 
     Raises:
         BadInputError: the quantized model is of another shape.
@@ -149,10 +151,14 @@ def load_quantized_weights(source: SourceModel, quantized: QuantizedModel) -> No
     linears = {linear.name: linear for linear in quantized.linears()}
     modules = {name: module for group in source.groups() for name, module in group.modules.items()}
     shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
-    if shapes != {name: (linear.rows, linear.columns) for name, linear in linears.items()}:
+    shapes["token_embd"] = tuple(source.model.get_input_embeddings().weight.shape)
+    found = {linear.name: (linear.rows, linear.columns) for linear in (*linears.values(), quantized.embedding)}
+    if shapes != found or source.tied != (quantized.head is None):
         raise BadInputError(f"{source.source} is not the model that was quantized: its layers have other shapes")
     for name, module in modules.items():
         module.weight.data.copy_(torch.from_numpy(linears[name].dequantize()))
+        if module.bias is not None:
+            module.bias.data.copy_(torch.from_numpy(quantized.tensors[f"{name}_bias"]))
     source.model.model.embed_tokens.weight.data.copy_(torch.from_numpy(quantized.embedding.dequantize()))
     if quantized.head is not None:
         source.model.lm_head.weight.data.copy_(torch.from_numpy(quantized.head.dequantize()))

@@ -11,7 +11,7 @@ from mgptq_export.solver.scales import search_scales
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS
 from mgptq_runtime.quantized_model import QuantizedLinear, Segment
 
-__all__ = ["BlockwiseSolution", "pack_linear", "solve_blockwise"]
+__all__ = ["BlockwiseSolution", "column_importance", "pack_linear", "pad_columns", "solve_blockwise"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,16 @@ class BlockwiseSolution:
 
 
 def pad_columns(weight: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad to whole blocks: zero weights that no other column is coupled to."""
+    """Pad to whole blocks: zero weights that no other column is coupled to. Whole ones come back as they are.
+
+    Args:
+        weight: float32 [rows, columns].
+        upper: float32 [columns, columns].
+    """
     columns = weight.shape[1]
     missing = -columns % BLOCK_COLUMNS
     if not missing:
-        return weight.clone(), upper
+        return weight, upper
     padded = torch.eye(columns + missing, dtype=upper.dtype, device=upper.device)
     padded[:columns, :columns] = upper
     return torch.nn.functional.pad(weight, (0, missing)), padded
@@ -60,7 +65,7 @@ def solve_blockwise(
         formats: for each linear its rows and the format of every block.
     """
     columns = weight.shape[1]
-    weight, upper = pad_columns(weight, upper)
+    weight, upper = pad_columns(weight.clone(), upper)
     importance = column_importance(upper, columns)
     blocks = weight.shape[1] // BLOCK_COLUMNS
     values = torch.zeros_like(weight)

@@ -6,6 +6,8 @@ from mgptq_export.solver.grids import Grid
 
 __all__ = ["search_scales"]
 
+# By levels of the grid: the lowest and the highest candidate, relative to the scale at which the largest weight just
+# fits, and how many to try between them. The fewer levels, the more of the largest weights are better cut.
 _RANGES = {2: (0.2, 0.9, 12), 4: (0.4, 1.15, 12), 8: (0.6, 1.25, 12), 16: (0.7, 1.3, 12), 255: (0.98, 1.02, 3)}
 
 

@@ -18,7 +18,6 @@ from mgptq_runtime.container import (
     SHA256_KEY,
     UNSIGNED,
     content_sha256,
-    permutation_dtype,
     read_container,
     segment_name,
     signature_offset,
@@ -26,7 +25,7 @@ from mgptq_runtime.container import (
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.gguf_file import read_gguf
 from mgptq_runtime.golden import GoldenVectors
-from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel
+from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, permutation_dtype
 
 __all__ = ["write_container"]
 

@@ -30,6 +30,7 @@ class ErrorReportingGroup(click.Group):
 
 
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mgptq-runtime")
 def cli() -> None:
     """Run and verify a quantized model: PACKAGE is an exported folder, or one .gguf container."""
 

@@ -20,7 +20,7 @@ from mgptq_runtime.families.layout import GroupShape, Layout, LinearShape
 from mgptq_runtime.formats import FORMATS, padded_columns
 from mgptq_runtime.gguf_file import GGUFFile, read_gguf
 from mgptq_runtime.golden import GoldenVectors, validate_golden
-from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment, permutation_dtype
 from mgptq_runtime.strict_json import parse_json_object
 from mgptq_runtime.tokenizer import TokenizerData
 
@@ -32,7 +32,6 @@ __all__ = [
     "Container",
     "content_sha256",
     "decode_container",
-    "permutation_dtype",
     "read_container",
     "segment_name",
     "signature_offset",
@@ -85,11 +84,6 @@ class Container:
 def segment_name(linear: str, index: int, fmt: str) -> str:
     """The tensor name of a linear's segment."""
     return f"{linear}.segment.{index}.{fmt}"
-
-
-def permutation_dtype(columns: int) -> np.dtype:
-    """The stored type of a permutation: int16 up to 32767 columns, else int32."""
-    return np.dtype(np.int16 if columns <= 32767 else np.int32)
 
 
 def content_sha256(buffer: bytes | mmap.mmap, offset: int) -> str:

@@ -1,6 +1,5 @@
 """What a package holds."""
 
-from collections import Counter
 from typing import Any
 
 from mgptq_runtime.container import Container
@@ -11,17 +10,14 @@ __all__ = ["describe"]
 
 def _describe_container(container: Container) -> dict[str, Any]:
     model = container.model
-    columns_by_format: Counter[str] = Counter()
-    for linear in model.linears():
-        for segment in linear.segments:
-            columns_by_format[segment.format] += linear.rows * segment.columns
-    total = sum(columns_by_format.values())
+    weights_by_format = model.weights_by_format()
+    total = sum(weights_by_format.values())
     return {
         "family": model.family,
         "hyperparameters": dict(model.hyperparameters),
         "linear_weights": model.linear_weights,
         "bits_stored": model.bits_stored,
-        "format_shares": {fmt: columns_by_format[fmt] / total for fmt in sorted(columns_by_format)},
+        "format_shares": {fmt: weights / total for fmt, weights in weights_by_format.items()},
         "embedding_formats": sorted({segment.format for segment in model.embedding.segments}),
         "tied_head": model.head is None,
         "has_tokenizer": container.tokenizer is not None,

@@ -23,7 +23,18 @@ from mgptq_runtime.golden import GoldenVectors, read_golden, validate_golden
 from mgptq_runtime.strict_json import parse_json_object
 from mgptq_runtime.tokenizer import TextTokenizer, TokenizerData
 
-__all__ = ["BACKENDS", "CONTAINER_FILE", "ONNX_FOLDER", "FileEntry", "Manifest", "Package", "open_package"]
+__all__ = [
+    "BACKENDS",
+    "CONTAINER_FILE",
+    "MANIFEST_FILE",
+    "MANIFEST_VERSION",
+    "ONNX_FOLDER",
+    "FileEntry",
+    "Manifest",
+    "Package",
+    "file_sha256",
+    "open_package",
+]
 
 BACKENDS = ("numpy", "onnx")
 MANIFEST_FILE = "manifest.json"
@@ -32,7 +43,6 @@ CONTAINER_FILE = "model.mgptq.gguf"
 ONNX_FOLDER = "onnx"
 GOLDEN_FILE = "onnx/golden.npz"
 MAX_MANIFEST_BYTES = 1 << 24
-HASH_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -104,12 +114,14 @@ def _read_bounds(path: Path, key: str, value: Any) -> Bounds:
     return read_bounds(value)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read piece by piece.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with path.open("rb") as stream:
-        while chunk := stream.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _verify_file(folder: Path, entry: FileEntry) -> Path:
@@ -122,7 +134,7 @@ def _verify_file(folder: Path, entry: FileEntry) -> Path:
         size = path.stat().st_size
         if size != entry.bytes:
             raise PackageError(f"{path} has {size} bytes, the manifest says {entry.bytes}; copy or export it again")
-        actual = _sha256(path)
+        actual = file_sha256(path)
     except (OSError, RuntimeError) as error:
         raise PackageError(f"{path} cannot be read: {error}") from error
     if actual != entry.sha256:
@@ -150,7 +162,7 @@ class Package:
     Attributes:
         path: the folder, or the container file.
         manifest: None for a container alone.
-        backends: names of the backends that can run it, in order of preference.
+        backends: names of the backends that can run it, the preferred one last.
     """
 
     def __init__(self, path: Path, manifest: Manifest | None) -> None:

@@ -9,9 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mgptq_runtime.formats import FORMATS, padded_columns
+from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 
-__all__ = ["InputGroup", "QuantizedLinear", "QuantizedModel", "Segment"]
+__all__ = ["InputGroup", "QuantizedLinear", "QuantizedModel", "Segment", "permutation_dtype"]
+
+
+def permutation_dtype(columns: int) -> np.dtype:
+    """The stored type of a permutation: int16 up to 32767 columns, else int32."""
+    return np.dtype(np.int16 if columns <= 32767 else np.int32)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Segment:
     @property
     def columns(self) -> int:
         """Columns that the segment covers, padding included."""
-        return self.data.shape[1] // FORMATS[self.format].block_bytes * 64
+        return self.data.shape[1] // FORMATS[self.format].block_bytes * BLOCK_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,10 @@ class InputGroup:
 
     @property
     def permutation_bytes(self) -> int:
-        """Bytes that the stored permutation takes (two per column up to 32767 columns, else four)."""
+        """Bytes that the stored permutation takes."""
         if self.permutation is None:
             return 0
-        return self.permutation.size * (2 if self.permutation.size <= 32767 else 4)
+        return self.permutation.size * permutation_dtype(self.permutation.size).itemsize
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,14 @@ class QuantizedModel:
     def linear_weights(self) -> int:
         """Number of weights of all linears, without embedding and head."""
         return sum(linear.rows * linear.columns for linear in self.linears())
+
+    def weights_by_format(self) -> dict[str, int]:
+        """Weights of all linears in each format in use, padding included; fewest bits first."""
+        counts = dict.fromkeys(FORMATS, 0)
+        for linear in self.linears():
+            for segment in linear.segments:
+                counts[segment.format] += linear.rows * segment.columns
+        return {name: count for name, count in counts.items() if count}
 
     @property
     def bits_stored(self) -> float:

@@ -43,6 +43,7 @@ def write_gguf(
     folder: Path,
     matrix_type: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     without: str = "",
+    rope_scaling: gguf.RopeScalingType | None = None,
 ) -> None:
     """Write ``model`` and the tokenizer of ``folder``; matrices as ``matrix_type``, norms as F32."""
     config = model.config
@@ -55,6 +56,8 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if rope_scaling is not None:
+        writer.add_rope_scaling_type(rope_scaling)
     _add_tokenizer(writer, folder, config.vocab_size)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():

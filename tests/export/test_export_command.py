@@ -190,7 +190,7 @@ def test_failures_exit_with_1_and_one_message(main, even_model, made, tmp_path):
         "reach 1.25 to": ("quantize", even_model, "-o", out, "--bits", "nan", *QUICK),
         "Give more text": ("run", even_model, "-o", out, "--calibration", short, *QUICK),
         "cannot be read": ("run", even_model, "-o", out, "--calibration", tmp_path / "missing.txt", *QUICK),
-        "fewer than one window": ("run", even_model, "-o", out, "--evaluate", short, *QUICK),
+        "fewer than one window": ("run", even_model, "-o", out, "--evaluate", short, "--window", 256, *QUICK),
         "beyond the model's context": ("run", even_model, "-o", out, "--sequence-length", 1000),
         "--overwrite": ("run", even_model, "-o", made, *QUICK),
         "device 'abacus'": ("run", even_model, "-o", out, "--device", "abacus", *QUICK),

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, Package
+from conftest import EVEN, RECIPE, Package
+from tiny_models import write_llama
+from transformers import LlamaForCausalLM
 
 from mgptq_export import pipeline
 from mgptq_export.checkpoint import read_checkpoint
@@ -218,6 +220,27 @@ def test_a_folder_that_is_no_package_is_never_replaced(even_model, tmp_path):
     assert contents(tmp_path) == {"photos/photo.jpg": b"x", "notes": b"notes"}
 
 
+def test_a_folder_with_another_programs_manifest_is_never_replaced(even_model, tmp_path):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/manifest.json").write_text('{"name": "app", "version": 1}')
+    with pytest.raises(OutputExistsError, match="not a folder that this program wrote"):
+        pipeline.run(str(even_model), tmp_path / "app", QUICK, ["container"], overwrite=True)
+
+
+def test_what_appears_meanwhile_is_not_replaced_unasked(even_model, tmp_path, monkeypatch):
+    write = pipeline._write_manifest
+
+    def write_late(*arguments):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/precious").write_text("x")
+        return write(*arguments)
+
+    monkeypatch.setattr(pipeline, "_write_manifest", write_late)
+    with pytest.raises(BadInputError, match="failed"):
+        pipeline.run(str(even_model), tmp_path / "out", QUICK, [])
+    assert contents(tmp_path) == {"out/precious": b"x"}
+
+
 def test_an_empty_folder_may_be_filled(even_model, tmp_path):
     (tmp_path / "out").mkdir()
     pipeline.run(str(even_model), tmp_path / "out", QUICK, [], overwrite=True)
@@ -402,7 +425,7 @@ def test_windows_are_cut_one_after_another_and_a_rest_is_left_out():
 
 
 def test_a_window_beyond_the_context_is_refused(even_model, tmp_path, text_file):
-    with pytest.raises(BadInputError, match=r"context|256"):
+    with pytest.raises(BadInputError, match="a window of 300 tokens is beyond"):
         pipeline.run(
             str(even_model), tmp_path / "out", QUICK, BOTH, text=pipeline.EvaluationText(text_file, window=300)
         )
@@ -484,3 +507,26 @@ def test_the_original_is_measured_unquantized(package):
     assert package.manifest["evaluation"]["results"]["original"]["perplexity"] == pytest.approx(
         float(loss.exp()), rel=1e-5
     )
+
+
+@pytest.fixture(scope="module")
+def biased_model(tmp_path_factory) -> Path:
+    """A Llama with biases everywhere, none of them zero."""
+    folder = write_llama(tmp_path_factory.mktemp("models") / "biased", **EVEN, attention_bias=True, mlp_bias=True)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_biases_go_with_the_model_everywhere(biased_model, text_file, tmp_path):
+    text = pipeline.EvaluationText(text_file, window=64, windows=1000)
+    ran = pipeline.run(str(biased_model), tmp_path / "out", replace(QUICK, bits=4.5), BOTH, text=text)["evaluation"]
+    assert pipeline.evaluate_package(tmp_path / "out", str(biased_model), text) == ran
+    results = ran["results"]
+    for name in ("numpy", "onnx_exact"):
+        assert results[name]["kl_divergence"] == pytest.approx(results["checkpoint"]["kl_divergence"], rel=1e-3)
+    assert ran["windows"] * text.window == 2 * results["original"]["tokens"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_llama
 
 from mgptq_export.checkpoint import read_checkpoint, write_checkpoint
-from mgptq_export.models import SourceModel, load_quantized_weights, load_source
+from mgptq_export.models import SourceModel, load_quantized_weights, load_shape, load_source
 from mgptq_export.quantize import budget_range, calibrate, quantize, round_to_nearest
 from mgptq_runtime.errors import BadInputError, BudgetError, NumericalError, PackageError, UnsupportedModelError
 from mgptq_runtime.quantized_model import QuantizedModel
@@ -382,6 +382,23 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(gguf_source, tmp_path):
     assert loaded.tokenizer is not None and original.tokenizer is not None
     words = "The assert statement, 42 times: naïve — def f(x):\n    return x"
     assert loaded.tokenizer.encode(words).ids == original.tokenizer.encode(words).ids
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("Llama-3.2-1B.gguf", "Llama-3.2-1B"), ("Llama-3.2-1B.Q4_K_M.gguf", "Llama-3.2-1B"), ("a.F16.gguf", "a")],
+)
+def test_a_gguf_files_name_loses_its_type_only(gguf_source, tmp_path, file, name):
+    original, folder = gguf_source
+    write_gguf(tmp_path / file, original.model, folder)
+    assert load_shape(str(tmp_path / file)).name == name
+
+
+def test_a_gguf_file_with_scaled_rotary_frequencies_is_refused(gguf_source, tmp_path):
+    original, folder = gguf_source
+    write_gguf(tmp_path / "long.gguf", original.model, folder, rope_scaling=gguf.RopeScalingType.LINEAR)
+    with pytest.raises(UnsupportedModelError, match="scaled rotary frequencies"):
+        load_source(str(tmp_path / "long.gguf"))
 
 
 def test_an_untied_gguf_file_stays_untied(odd_model, tmp_path):

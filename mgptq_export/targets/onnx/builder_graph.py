@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import onnx_ir as ir
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mgptq_export.checkpoint import TOKENIZER_FILES, Checkpoint
+from mgptq_export.checkpoint import Checkpoint, copy_tokenizer
 from mgptq_export.targets.onnx.families import Family, family_named
 from mgptq_runtime.errors import UnsupportedModelError
 
@@ -32,9 +31,7 @@ def _write_config_folder(folder: Path, checkpoint: Checkpoint, family: Family) -
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["architectures"] = config.get("architectures") or [family.architecture]
     (folder / "config.json").write_text(json.dumps(config))
-    for name in TOKENIZER_FILES:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+    copy_tokenizer(checkpoint.folder, folder)
 
 
 def _model_without_weights(config: Any, family: Family, tensors: Mapping[str, Any]) -> torch.nn.Module:
@@ -60,7 +57,7 @@ def _run_builder(folder: Path, checkpoint: Checkpoint, family: Family) -> ir.Mod
     family_builder: Any = getattr(builders, family.builder)
     config = AutoConfig.from_pretrained(folder)
 
-    class GraphBuilder(family_builder):  # type: ignore[misc]
+    class GraphBuilder(family_builder):
         def load_weights(self, input_path: str) -> torch.nn.Module:
             return _model_without_weights(config, family, checkpoint.model.tensors)
 

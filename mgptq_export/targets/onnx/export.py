@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mgptq_export.checkpoint import TOKENIZER_FILES, Checkpoint
+from mgptq_export.checkpoint import Checkpoint, copy_tokenizer
 from mgptq_export.targets.onnx.builder_graph import build_float_graph
 from mgptq_export.targets.onnx.constant_shapes import declare_constant_shapes
 from mgptq_export.targets.onnx.external_data import externalize
@@ -23,7 +22,7 @@ from mgptq_runtime.errors import OutputExistsError, UnsupportedModelError
 from mgptq_runtime.golden import GoldenVectors, write_golden
 from mgptq_runtime.quantized_model import InputGroup, QuantizedModel
 
-__all__ = ["EXACT_MODEL", "GOLDEN", "MODEL", "WEIGHTS", "export_onnx"]
+__all__ = ["export_onnx"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,23 +74,20 @@ def _save(model: ir.Model, folder: Path) -> None:
         ir.save(model, folder / name)
 
 
-def _fix_genai_config(config: dict[str, Any], model: QuantizedModel) -> dict[str, Any]:
-    """Check the builder's configuration against the checkpoint."""
+def _check_genai_config(config: dict[str, Any], model: QuantizedModel) -> None:
+    """Refuse a configuration of the builder that does not fit the checkpoint."""
     if config["model"]["vocab_size"] != model.embedding.rows:
         raise UnsupportedModelError(
             f"the configuration says {config['model']['vocab_size']} tokens, the embedding has {model.embedding.rows}"
         )
-    return config
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path, context_length: int) -> None:
-    for name in TOKENIZER_FILES:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+    copy_tokenizer(checkpoint.folder, folder)
     path = folder / "tokenizer_config.json"
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("model_max_length", 0) > context_length:
+        if (config.get("model_max_length") or 0) > context_length:
             # Hugging Face writes 1e30 for "no limit", an integer that readers in C++ refuse.
             config["model_max_length"] = context_length
             path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -122,7 +118,7 @@ def export_onnx(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path) -> 
         package = scratch / "package"
         package.mkdir()
         _save(_quantized_graph(checkpoint, graph_model), package)
-        genai_config = _fix_genai_config(genai_config, checkpoint.model)
+        _check_genai_config(genai_config, checkpoint.model)
         (package / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
         _write_tokenizer(checkpoint, package, genai_config["model"]["context_length"])
         write_golden(package / GOLDEN, golden)

@@ -62,13 +62,13 @@ LLAMA_PARAMETERS = {
     "model.layers.{i}.input_layernorm.weight": "blk.{i}.attn_norm",
     "model.layers.{i}.post_attention_layernorm.weight": "blk.{i}.ffn_norm",
     "model.norm.weight": "output_norm",
-    "model.layers.{i}.self_attn.q_proj.bias": "blk.{i}.attn_q.bias",
-    "model.layers.{i}.self_attn.k_proj.bias": "blk.{i}.attn_k.bias",
-    "model.layers.{i}.self_attn.v_proj.bias": "blk.{i}.attn_v.bias",
-    "model.layers.{i}.self_attn.o_proj.bias": "blk.{i}.attn_output.bias",
-    "model.layers.{i}.mlp.gate_proj.bias": "blk.{i}.ffn_gate.bias",
-    "model.layers.{i}.mlp.up_proj.bias": "blk.{i}.ffn_up.bias",
-    "model.layers.{i}.mlp.down_proj.bias": "blk.{i}.ffn_down.bias",
+    "model.layers.{i}.self_attn.q_proj.bias": "blk.{i}.attn_q_bias",
+    "model.layers.{i}.self_attn.k_proj.bias": "blk.{i}.attn_k_bias",
+    "model.layers.{i}.self_attn.v_proj.bias": "blk.{i}.attn_v_bias",
+    "model.layers.{i}.self_attn.o_proj.bias": "blk.{i}.attn_output_bias",
+    "model.layers.{i}.mlp.gate_proj.bias": "blk.{i}.ffn_gate_bias",
+    "model.layers.{i}.mlp.up_proj.bias": "blk.{i}.ffn_up_bias",
+    "model.layers.{i}.mlp.down_proj.bias": "blk.{i}.ffn_down_bias",
 }
 
 FAMILIES: dict[str, Family] = {
