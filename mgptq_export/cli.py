@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,7 @@ TARGETS = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device, such as cpu or cuda.")
-THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+THREADS = click.option("--threads", type=click.IntRange(1, 256), help="CPU threads. [default: all cores]")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings.")
 TEXT = _options(
     click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window."),
@@ -255,7 +256,7 @@ def plan(
         return
     table = Table("target", "bits it can reach", f"at {bits} bits", title=f"{planned['name']} ({planned['family']})")
     for name, target in planned["targets"].items():
-        reach = f"{target['lowest_bits']:.2f} to {target['highest_bits']:.2f}"
+        reach = f"{math.ceil(target['lowest_bits'] * 100) / 100:.2f} to {target['highest_bits']:.2f}"
         size = f"{target['weight_bytes'] / 1e6:.1f} MB of weights" if target["reachable"] else "not reachable"
         table.add_row(name, reach, size)
     Console().print(table)
@@ -304,6 +305,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except OSError as error:  # standard output that is full or gone
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
     except MgptqError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -56,7 +56,7 @@ def plan_model(
     Returns:
         ``name``, ``family``, ``linear_weights``; and for every target the lowest and highest stored bits per weight,
         whether the recipe's are among them, and the most bytes that the weights then take (linears, permutations,
-        embedding, head and norms).
+        embedding, head and norms; None where the bits cannot be reached).
     """
     source = load_shape(model, trust_remote_code=trust_remote_code)
     linear_weights = sum(m.out_features * m.in_features for g in source.groups() for m in g.modules.values())
@@ -67,10 +67,11 @@ def plan_model(
     planned = {}
     for target in targets:
         low, high = budget_range(source, formats_for(recipe, [target]).formats)
+        reachable = low <= recipe.bits < high + BITS_WINDOW
         planned[target] = {
             "lowest_bits": low,
             "highest_bits": high,
-            "reachable": low <= recipe.bits < high + BITS_WINDOW,
-            "weight_bytes": int(linear_weights * recipe.bits / 8 + fixed),
+            "reachable": reachable,
+            "weight_bytes": int(linear_weights * recipe.bits / 8 + fixed) if reachable else None,
         }
     return {"name": source.name, "family": source.family, "linear_weights": linear_weights, "targets": planned}

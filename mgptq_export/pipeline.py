@@ -64,10 +64,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         OutputExistsError: ``out`` exists and may not be replaced; an old one survives until the new one is complete.
         BadInputError: nothing can be written there.
     """
-    if out.exists() and not overwrite:
-        raise OutputExistsError(f"{out} exists; choose another folder, or pass --overwrite to replace it")
-    if out.exists() and not _is_ours(out):
-        raise OutputExistsError(f"{out} is not a folder that this program wrote; --overwrite will not replace it")
+    out = _real_path(out)
+    _check_replaceable(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -77,6 +75,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         partial.chmod(0o755)
         yield partial
         if overwrite:
+            _check_replaceable(out, overwrite)  # it may have appeared meanwhile
             _replace_folder(partial, out)
         else:
             partial.rename(out)  # fails where something has appeared in the meantime
@@ -84,6 +83,25 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         raise BadInputError(f"writing {out} failed: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _real_path(out: Path) -> Path:
+    """``out`` without links and dots, so that it can be renamed."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise BadInputError(f"{out} cannot be written: {error}") from error
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{out} exists; choose another folder, or pass --overwrite to replace it")
+    if out.is_mount():
+        raise OutputExistsError(f"{out} is a mount point, which cannot be replaced; choose a folder inside it")
+    if not _is_ours(out):
+        raise OutputExistsError(f"{out} is not a folder that this program wrote; --overwrite will not replace it")
 
 
 def _is_ours(out: Path) -> bool:
@@ -101,7 +119,11 @@ def _replace_folder(new: Path, out: Path) -> None:
         new.rename(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    out.rename(old / out.name)
+    try:
+        out.rename(old / out.name)
+    except BaseException:
+        old.rmdir()
+        raise
     try:
         new.rename(out)
     except BaseException:  # an interrupt, too
@@ -140,6 +162,8 @@ def run(
     recipe = formats_for(recipe, targets)
     with new_folder(out, overwrite) as folder:
         source = load_source(model, device=device, trust_remote_code=trust_remote_code)
+        for target in targets:
+            target_named(target).check_config(source.model.config)
         windows = _windows(source, text) if text else None
         original = copy.deepcopy(source.model) if text else None
         checkpoint, golden = _quantize_into(folder / CHECKPOINT_FOLDER, source, recipe)
@@ -180,6 +204,9 @@ def export(
         raise BadInputError(f"{out} lies in the package itself; leave -o out to extend the package")
     known = read_manifest(package)
     checkpoint = verified_checkpoint(package, known)
+    # What is taken over must be what was written: the new manifest would vouch for damage.
+    replaced = {CHECKPOINT_FOLDER, *(target_named(target).path for target in targets)}
+    _verify_files(package, [file for file in known["files"] if _top(file) not in replaced])
     used = {segment.format for linear in checkpoint.model.linears() for segment in linear.segments}
     for target in targets:
         missing = used - set(target_named(target).formats)
@@ -238,7 +265,12 @@ def read_manifest(package: Path) -> dict[str, Any]:
             raise PackageError(f"{package}: manifest version {manifest['format_version']} is not {MANIFEST_VERSION}")
         if missing := MANIFEST_KEYS - manifest.keys():
             raise PackageError(f"{package}: the manifest lacks {', '.join(sorted(missing))}; quantize the model again")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        bits, files, targets = manifest["bits"], manifest["files"], manifest["targets"]
+        if not (isinstance(bits["stored"], float) and "requested" in bits and isinstance(targets, list)):
+            raise TypeError("bits or targets are not what this program writes")
+        if not all(isinstance(file["path"], str) and file["sha256"] and file["bytes"] >= 0 for file in files):
+            raise TypeError("files are not what this program writes")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PackageError(
             f"{package} is no package ({error}); make one with: mgptq-export run MODEL -o OUT"
         ) from error
@@ -251,15 +283,24 @@ def verified_checkpoint(package: Path, manifest: dict[str, Any]) -> Checkpoint:
     Raises:
         PackageError: a file is missing or changed.
     """
-    for file in manifest["files"]:
-        path = package / file["path"]
-        if path.parent == package / CHECKPOINT_FOLDER:
-            found = file_sha256(path) if path.is_file() else "none"
-            if found != file["sha256"]:
-                raise PackageError(
-                    f"{path} has SHA-256 {found}, the manifest says {file['sha256']}; copy or quantize it again"
-                )
+    _verify_files(package, [file for file in manifest["files"] if _top(file) == CHECKPOINT_FOLDER])
     return read_checkpoint(package / CHECKPOINT_FOLDER)
+
+
+def _top(file: dict[str, Any]) -> str:
+    """The first part of a file's path in the package."""
+    return file["path"].split("/")[0]
+
+
+def _verify_files(package: Path, files: list[dict[str, Any]]) -> None:
+    for file in files:
+        path = package / file["path"]
+        found = file_sha256(path) if path.is_file() else "none"
+        if found != file["sha256"]:
+            raise PackageError(
+                f"{path} has SHA-256 {found}, the manifest says {file['sha256']}; copy the package again, "
+                "or make that part of it again"
+            )
 
 
 def _windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:

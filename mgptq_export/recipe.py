@@ -47,6 +47,8 @@ class Recipe:
         for name in ("samples", "sequence_length", "sensitivity_samples"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if not 0 <= self.seed < 1 << 63:
+            raise BadInputError(f"seed is {self.seed}, must be 0 to 2^63 - 1")
         if not self.damping > 0:
             raise BadInputError(f"damping is {self.damping}, must be above 0")
 

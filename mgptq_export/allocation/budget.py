@@ -32,7 +32,9 @@ def price_for(costs: torch.Tensor, sizes: torch.Tensor, budget: int) -> float:
         NumericalError: a cost is NaN or infinite.
     """
     if not torch.isfinite(costs).all():
-        raise NumericalError("the allocator's scores hold NaN or infinity; try --allocator hessian and report this")
+        raise NumericalError(
+            "the allocator's scores hold NaN or infinity; are weights huge or all zero? try another --allocator"
+        )
     smallest = int(sizes.min(1).values.sum())
     if smallest > budget:
         raise BudgetError(f"the smallest formats take {smallest} bits, the budget is {budget}")

@@ -65,7 +65,9 @@ def allocate_by_gnn(problem: AllocationProblem, steps: int, seed: int) -> Alloca
             errors = rollout.errors(assignment.hard)
             loss = _lagrangian(assignment.soft, errors, sizes, reference, problem.budget)
             if not torch.isfinite(loss):
-                raise NumericalError("the allocator's loss is NaN or infinite; try --allocator hessian and report this")
+                raise NumericalError(
+                    "the allocator's loss is NaN or infinite; are weights huge or all zero? try another --allocator"
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

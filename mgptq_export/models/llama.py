@@ -14,6 +14,10 @@ MODEL_TYPES: tuple[str, ...] = ("llama",)
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError for a variant that the runtime cannot run."""
+    if config.get("num_hidden_layers") == 0:
+        raise UnsupportedModelError("the model has no layers; a llama model has at least one")
+    if (config.get("num_local_experts") or 0) > 1:
+        raise UnsupportedModelError("mixture-of-experts models are not supported; supported: dense llama models")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise UnsupportedModelError(f"hidden_act {activation!r} is not supported for llama models; supported: silu")

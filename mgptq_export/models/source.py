@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig
@@ -21,6 +20,7 @@ from mgptq_export.models.family import GroupModules, family_of, groups_of
 from mgptq_runtime.errors import BadInputError, NumericalError
 from mgptq_runtime.progress import Advance, track
 from mgptq_runtime.quantized_model import QuantizedModel
+from mgptq_runtime.strict_json import parse_json_object
 
 __all__ = ["SourceModel", "load_quantized_weights", "load_shape", "load_source"]
 
@@ -85,6 +85,8 @@ def load_source(source: str, *, device: str = "cpu", trust_remote_code: bool = F
         NumericalError: a weight holds NaN or infinity.
     """
     disable_progress_bar()
+    if device.split(":")[0] == "meta":
+        raise BadInputError("device 'meta' cannot be used: it holds no values; choose cpu or cuda")
     path = _model_path(source, weights=True)
     with track("Loading the model", LOADING_STEPS) as advance:
         if path.is_file():
@@ -107,10 +109,13 @@ def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
     path = _model_path(source, weights=False)
     config = gguf_source.read_gguf_config(gguf_source.open_gguf(path)) if path.is_file() else _read_config(path)
     family = family_of(config)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**config), trust_remote_code=trust_remote_code
-        )
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**config), trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a broken configuration raises many kinds
+        raise BadInputError(f"{source}: its configuration cannot be used: {error}") from error
     return SourceModel(_model_name(source), source, family, model, config, path.parent, None)
 
 
@@ -226,11 +231,13 @@ def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool, advan
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # a broken configuration or weight file raises many kinds
         raise BadInputError(f"{folder} cannot be loaded: {error}") from error
     model, found = result
     _check_complete(found, source)
     advance()
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        _check_json_object(folder / name)
     tokenizer_file = folder / "tokenizer.json"
     tokenizer = None
     if tokenizer_file.is_file():
@@ -243,12 +250,23 @@ def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool, advan
     return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer)
 
 
+def _check_json_object(path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        parse_json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{path} cannot be read: {error}; mend or remove it") from error
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError as error:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
         raise BadInputError(f"{folder} holds no config.json: not a Hugging Face model folder") from error
-    except ValueError as error:
+    except OSError as error:
+        raise BadInputError(f"{folder / 'config.json'} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise BadInputError(f"{folder / 'config.json'} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise BadInputError(f"{folder / 'config.json'} is not a JSON object")

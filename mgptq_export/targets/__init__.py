@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mgptq_export.checkpoint import Checkpoint
 from mgptq_export.targets.container import write_container
 from mgptq_export.targets.onnx import export_onnx
+from mgptq_export.targets.onnx.builder_graph import check_onnx_config
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.formats import FORMATS
 from mgptq_runtime.golden import GoldenVectors
@@ -21,16 +23,18 @@ class Target:
     formats: storage formats that it holds, each for any run of 64-column blocks.
     path: the file or folder in the package.
     write: writes it, whole or not at all.
+    check_config: raises UnsupportedModelError for a transformers configuration that it cannot hold.
     """
 
     formats: tuple[str, ...]
     path: str
     write: Callable[[Checkpoint, GoldenVectors, Path], None]
+    check_config: Callable[[Any], None] = lambda config: None
 
 
 TARGETS: dict[str, Target] = {
     "container": Target(tuple(FORMATS), CONTAINER_FILE, write_container),
-    "onnx": Target(tuple(FORMATS), ONNX_FOLDER, export_onnx),
+    "onnx": Target(tuple(FORMATS), ONNX_FOLDER, export_onnx, check_onnx_config),
 }
 
 

@@ -1,5 +1,6 @@
 """The command ``mgptq-run``. Thin shells over importable functions."""
 
+import errno
 import json
 import os
 import sys
@@ -27,6 +28,10 @@ class ErrorReportingGroup(click.Group):
             return super().invoke(ctx)
         except MgptqError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,7 +46,7 @@ def _with_package(command: Callable[..., None]) -> Callable[..., None]:
 
 def _with_backend(command: Callable[..., None]) -> Callable[..., None]:
     options = (
-        click.option("--backend", type=click.Choice(["numpy", "onnx"]), help="Default: onnx where there is one."),
+        click.option("--backend", type=click.Choice(["numpy", "onnx"]), help="Default: onnx; check: all."),
         click.option(
             "--accuracy-level",
             type=click.Choice(["0", "4"]),
@@ -50,7 +55,7 @@ def _with_backend(command: Callable[..., None]) -> Callable[..., None]:
             callback=lambda ctx, parameter, value: int(value),
             help="ONNX only: 4 computes b1 and b2 weights with int8 activations (fast), 0 all with float32 (exact).",
         ),
-        click.option("--threads", type=click.IntRange(min=1), help="Default: all cores."),
+        click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores."),
     )
     for option in reversed(options):
         command = option(command)

@@ -55,8 +55,9 @@ def _sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) ->
     order = np.argsort(-logits, kind="stable")
     if sampling.top_k:
         order = order[: sampling.top_k]
-    scaled = logits[order].astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled[0])
+    behind = logits[order].astype(np.float64) - np.float64(logits[order[0]])
+    with np.errstate(over="ignore"):  # the smallest temperatures leave the most likely token alone
+        probabilities = np.exp(behind / sampling.temperature)
     probabilities /= probabilities.sum()
     kept = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
     probabilities = probabilities[:kept] / probabilities[:kept].sum()

@@ -41,6 +41,10 @@ def _document(path: Path, number: int, line: str) -> str:
         raise BadInputError(f"{path}, line {number}: not a JSON object with a field 'text' ({error})") from error
     if not isinstance(text, str):
         raise BadInputError(f"{path}, line {number}: the field 'text' is {type(text).__name__}, it must be a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError(f"{path}, line {number}: the field 'text' holds half a surrogate pair; mend it") from error
     return text
 
 

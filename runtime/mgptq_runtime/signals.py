@@ -8,9 +8,10 @@ __all__ = ["exit_on_signals"]
 
 
 def exit_on_signals() -> None:
-    """Turn SIGINT and SIGTERM into SystemExit(130) and SystemExit(143)."""
+    """Turn SIGINT, SIGTERM and SIGHUP into SystemExit(130), SystemExit(143) and SystemExit(129)."""
     signal.signal(signal.SIGINT, _exit)
     signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGHUP, _exit)
 
 
 def _exit(signum: int, frame: object) -> NoReturn:

@@ -70,11 +70,12 @@ class TextTokenizer:
 
     def _find_eos(self) -> frozenset[int]:
         listed = self._data.generation_config.get("eos_token_id")
-        ids = set(listed if isinstance(listed, list) else [listed])
+        ids = {token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int)}
         eos = _special_token_text(self._data.tokenizer_config, "eos_token")
         if eos is not None:
-            ids.add(self._tokenizer.token_to_id(eos))
-        return frozenset(token for token in ids if isinstance(token, int))
+            token = self._tokenizer.token_to_id(eos)
+            ids |= set() if token is None else {token}
+        return frozenset(ids)
 
     def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """Token ids of a text.
@@ -82,6 +83,8 @@ class TextTokenizer:
         Args:
             special_tokens: add what the tokenizer puts around a text, such as a beginning-of-text token.
         """
+        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadInputError("the text holds bytes that are not UTF-8; give UTF-8 text")
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -87,10 +87,19 @@ def test_failure_leaves_nothing_behind_and_says_what_the_builder_said(exported, 
     config = {
         **exported.checkpoint.config,
         "architectures": ["LlamaForCausalLM"],
-        "rope_parameters": {"rope_type": "?"},
+        "num_local_experts": 8,
     }
     broken = Checkpoint(exported.checkpoint.folder, exported.model, config)
     with pytest.raises(UnsupportedModelError, match="builder refused tiny"):
+        export_onnx(broken, golden, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn", "longrope", "?"])
+def test_rotary_type_that_the_builder_gets_wrong_is_refused(exported, golden, tmp_path, rope_type):
+    config = {**exported.checkpoint.config, "rope_parameters": {"rope_type": rope_type, "factor": 4.0}}
+    broken = Checkpoint(exported.checkpoint.folder, exported.model, config)
+    with pytest.raises(UnsupportedModelError, match=r"rotary type|builder refused"):
         export_onnx(broken, golden, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 

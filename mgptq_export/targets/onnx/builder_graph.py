@@ -17,12 +17,43 @@ from mgptq_export.checkpoint import Checkpoint, copy_tokenizer
 from mgptq_export.targets.onnx.families import Family, family_named
 from mgptq_runtime.errors import UnsupportedModelError
 
-__all__ = ["build_float_graph"]
+__all__ = ["build_float_graph", "check_onnx_config"]
 
 logger = logging.getLogger(__name__)
 
 # Bits and segments belong to each linear, and a tied table is shared when it is packed: nothing is fused here.
 BUILDER_OPTIONS = {"fuse_qkv": False, "shared_embeddings": False}
+
+# The builder's tables for other kinds (linear, yarn, longrope) differ from those of transformers.
+ROPE_TYPES = ("default", "llama3", "dynamic")
+HEAD_SIZE_MULTIPLE = 16
+
+
+def check_onnx_config(config: Any) -> None:
+    """Refuse a configuration whose graph would not load, or would compute something else.
+
+    Args:
+        config: a transformers configuration.
+
+    Raises:
+        UnsupportedModelError: what is wrong.
+    """
+    way_out = "use --targets container"
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rope = parameters.get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"the onnx target does not support rotary type {rope!r}; supported: {', '.join(ROPE_TYPES)}; {way_out}"
+        )
+    partial = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    if partial not in (None, 1.0):
+        raise UnsupportedModelError(f"the onnx target does not support partial rotary embeddings; {way_out}")
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_size % HEAD_SIZE_MULTIPLE:
+        raise UnsupportedModelError(
+            f"the onnx target needs a head size that is a multiple of {HEAD_SIZE_MULTIPLE}, "
+            f"this model has {head_size}; {way_out}"
+        )
 
 
 def _write_config_folder(folder: Path, checkpoint: Checkpoint, family: Family) -> None:
@@ -56,6 +87,7 @@ def _run_builder(folder: Path, checkpoint: Checkpoint, family: Family) -> ir.Mod
     builders = importlib.import_module("onnxruntime_genai.models.builders")
     family_builder: Any = getattr(builders, family.builder)
     config = AutoConfig.from_pretrained(folder)
+    check_onnx_config(config)
 
     class GraphBuilder(family_builder):
         def load_weights(self, input_path: str) -> torch.nn.Module:

@@ -59,7 +59,7 @@ def _read_shape(path: Path) -> _Shape:
             vocabulary_size=model["vocab_size"],
             context_length=model["context_length"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PackageError(
             f"{path} is not a configuration of onnxruntime-genai ({type(error).__name__}: {error}); "
             "export the package again"
