@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mgptq_runtime.errors import BadInputError
+from mgptq_runtime.errors import BadInputError, NumericalError
 from mgptq_runtime.progress import track
 
 __all__ = ["Quality", "Scorer", "evaluate", "evaluation_windows", "torch_scorer"]
@@ -70,6 +70,9 @@ def evaluate(
 
     Returns:
         the quality of every scorer, and of the reference under the name ``original``.
+
+    Raises:
+        NumericalError: a loss beyond all bounds.
     """
     names = ["original", *scorers]
     losses = dict.fromkeys(names, 0.0)
@@ -94,10 +97,17 @@ def evaluate(
                 advance()
     return {
         name: Quality(
-            math.exp(losses[name] / scored),
+            _perplexity(losses[name] / scored, name),
             scored,
             divergences[name] / scored,
             agreements[name] / scored,
         )
         for name in names
     }
+
+
+def _perplexity(loss: float, name: str) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise NumericalError(f"{name}: {loss:g} nats per token have no perplexity; check the model") from error
