@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from llama_oracle import torch_llama
 from synthetic import random_llama
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
@@ -13,54 +13,6 @@ from mgptq_runtime.quantized_model import QuantizedModel
 
 ODD = {"hidden": 90, "intermediate": 100, "heads": 9, "kv_heads": 3, "vocabulary": 403, "tied": False}
 SHAPES = [{}, ODD, {"heads": 4, "kv_heads": 4, "hidden": 64, "vocabulary": 5000}]
-HF_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-
-
-def torch_llama(model: QuantizedModel) -> LlamaForCausalLM:
-    """The same model in torch, in float32."""
-    h = model.hyperparameters
-    with_bias = any(name.endswith("attn_q_bias") for name in model.tensors)
-    config = LlamaConfig(
-        hidden_size=h["embedding_length"],
-        intermediate_size=h["feed_forward_length"],
-        num_hidden_layers=h["block_count"],
-        num_attention_heads=h["attention.head_count"],
-        num_key_value_heads=h["attention.head_count_kv"],
-        head_dim=h["attention.key_length"],
-        rms_norm_eps=h["attention.layer_norm_rms_epsilon"],
-        vocab_size=h["vocab_size"],
-        tie_word_embeddings=model.head is None,
-        attention_bias=with_bias,
-        attn_implementation="eager",
-    )
-    weights = {
-        "model.embed_tokens.weight": model.embedding.dequantize(),
-        "model.norm.weight": model.tensors["output_norm"],
-    }
-    if model.head is not None:
-        weights["lm_head.weight"] = model.head.dequantize()
-    for linear in model.linears():
-        _, layer, name = linear.name.split(".")
-        weights[f"model.layers.{layer}.{HF_NAMES[name]}.weight"] = linear.dequantize()
-    for full_name, tensor in model.tensors.items():
-        if full_name.startswith("blk."):
-            _, layer, name = full_name.split(".")
-            kind = "bias" if name.endswith("_bias") else "weight"
-            weights[f"model.layers.{layer}.{HF_NAMES[name.removesuffix('_bias')]}.{kind}"] = tensor
-    llama = LlamaForCausalLM(config).eval()
-    missing, unexpected = llama.load_state_dict({k: torch.tensor(v) for k, v in weights.items()}, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    return llama
 
 
 @pytest.fixture(params=SHAPES, ids=["even", "odd", "no groups"])

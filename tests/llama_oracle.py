@@ -1,4 +1,4 @@
-"""The oracle of the ONNX tests: transformers' Llama in float32, on the dequantized weights."""
+"""The oracle of both backends' tests: transformers' Llama in float32, on the dequantized weights."""
 
 import numpy as np
 import torch
@@ -34,25 +34,36 @@ def llama_config(model: QuantizedModel) -> dict:
         max_position_embeddings=h["context_length"],
         rms_norm_eps=h["attention.layer_norm_rms_epsilon"],
         tie_word_embeddings=model.head is None,
+        attention_bias=any(name.endswith("attn_q_bias") for name in model.tensors),
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
     ).to_dict()
 
 
-def _layer_parameter(name: str) -> str:
-    _, layer, tensor = name.split(".")
-    return f"model.layers.{layer}.{PARAMETERS[tensor]}.weight"
+def torch_llama(model: QuantizedModel) -> LlamaForCausalLM:
+    """The same model in torch, in float32, biases included."""
+    weights = {
+        "model.embed_tokens.weight": model.embedding.dequantize(),
+        "model.norm.weight": model.tensors["output_norm"],
+    }
+    if model.head is not None:
+        weights["lm_head.weight"] = model.head.dequantize()
+    for linear in model.linears():
+        _, layer, name = linear.name.split(".")
+        weights[f"model.layers.{layer}.{PARAMETERS[name]}.weight"] = linear.dequantize()
+    for full_name, tensor in model.tensors.items():
+        if full_name.startswith("blk."):
+            _, layer, name = full_name.split(".")
+            kind = "bias" if name.endswith("_bias") else "weight"
+            weights[f"model.layers.{layer}.{PARAMETERS[name.removesuffix('_bias')]}.{kind}"] = tensor
+    llama = LlamaForCausalLM(LlamaConfig(**llama_config(model), attn_implementation="eager")).eval()
+    missing, unexpected = llama.load_state_dict({k: torch.tensor(v) for k, v in weights.items()}, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    return llama
 
 
 def oracle_logits(model: QuantizedModel, token_ids: np.ndarray) -> np.ndarray:
     """float32 [batch, sequence, vocabulary]."""
-    oracle = LlamaForCausalLM(LlamaConfig(**llama_config(model))).eval()
-    weights = {_layer_parameter(linear.name): linear.dequantize() for linear in model.linears()}
-    weights |= {_layer_parameter(name): tensor for name, tensor in model.tensors.items() if name.startswith("blk.")}
-    weights["model.norm.weight"] = model.tensors["output_norm"]
-    weights["model.embed_tokens.weight"] = model.embedding.dequantize()
-    weights["lm_head.weight"] = (model.head or model.embedding).dequantize()
-    oracle.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()}, strict=True)
     with torch.no_grad():
-        return oracle(torch.from_numpy(token_ids)).logits.numpy()
+        return torch_llama(model)(torch.from_numpy(token_ids)).logits.numpy()
