@@ -1,4 +1,4 @@
-"""The blockwise solver: GPTQ's error compensation over blocks of columns, each block in its own format."""
+"""GPTQ's error compensation: blocks of columns each in its own format, or a tensor in one stock ggml type."""
 
 from mgptq_export.solver.blockwise import (
     BlockwiseSolution,
@@ -10,16 +10,30 @@ from mgptq_export.solver.blockwise import (
 from mgptq_export.solver.factor import InverseFactor, factorize
 from mgptq_export.solver.grids import Grid, grid_of
 from mgptq_export.solver.scales import search_scales
+from mgptq_export.solver.tensor import (
+    TensorSolution,
+    best_rows,
+    pack_tensor,
+    solve_tensor,
+    sub_block_order,
+    tensor_error,
+)
 
 __all__ = [
     "BlockwiseSolution",
     "Grid",
     "InverseFactor",
+    "TensorSolution",
+    "best_rows",
     "column_importance",
     "factorize",
     "grid_of",
     "pack_linear",
+    "pack_tensor",
     "pad_columns",
     "search_scales",
     "solve_blockwise",
+    "solve_tensor",
+    "sub_block_order",
+    "tensor_error",
 ]

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from mgptq_runtime.formats import FORMATS
+from mgptq_runtime.formats import FORMATS, GGML_FORMATS
 
 __all__ = ["Grid", "grid_of"]
 
@@ -51,6 +51,9 @@ class Grid:
 
 @cache
 def grid_of(name: str) -> Grid:
-    """The grid of a format of :mod:`mgptq_runtime.formats`."""
-    fmt = FORMATS[name]
+    """The grid of a format of :mod:`mgptq_runtime.formats`, of either registry."""
+    if name == "q8_0":
+        # The type could hold -128, which llama.cpp never writes and its kernels need not expect.
+        return Grid(levels=255, step=1, offset=-127)
+    fmt = FORMATS.get(name) or GGML_FORMATS[name]
     return Grid(fmt.levels, fmt.step, fmt.offset)

@@ -4,11 +4,12 @@ import torch
 
 from mgptq_export.solver.grids import Grid
 
-__all__ = ["search_scales"]
+__all__ = ["free_scales", "search_scales"]
 
 # By levels of the grid: the lowest and the highest candidate, relative to the scale at which the largest weight just
 # fits, and how many to try between them. The fewer levels, the more of the largest weights are better cut.
-_RANGES = {2: (0.2, 0.9, 12), 4: (0.4, 1.15, 12), 8: (0.6, 1.25, 12), 16: (0.7, 1.3, 12), 255: (0.98, 1.02, 3)}
+_RANGES = {2: (0.2, 0.9, 12), 4: (0.4, 1.15, 12), 8: (0.6, 1.25, 12), 16: (0.7, 1.3, 12), 64: (0.9, 1.1, 9)}
+_RANGES[255] = (0.98, 1.02, 3)
 
 
 def search_scales(
@@ -29,10 +30,23 @@ def search_scales(
         scales, float32 [..., rows] with values representable in float16, never zero; and the error at them,
         float32 [..., rows].
     """
+    best_scale, best_gain, energy = free_scales(weight, importance, grid, candidates)
+    scales = representable(best_scale, _fitting(weight, grid))
+    return scales, (energy - best_gain).clamp_min_(0.0)
+
+
+def free_scales(
+    weight: torch.Tensor, importance: torch.Tensor, grid: Grid, candidates: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The search of :func:`search_scales` before anything is rounded.
+
+    Returns:
+        float32 [..., rows] each: scales, the error that they save, and the error of zeros.
+    """
     low, high, default = _RANGES[grid.levels]
     weighted = importance * weight
     energy = (weighted * weight).sum(-1)
-    largest = weight.abs().amax(-1).clamp_min(1e-7) / grid.extreme
+    largest = _fitting(weight, grid)
     best_gain = torch.full_like(energy, -1.0)
     best_scale = largest.clone()
     for ratio in torch.linspace(low, high, candidates or default).tolist():
@@ -47,8 +61,12 @@ def search_scales(
             better = gain > best_gain
             best_gain = torch.where(better, gain, best_gain)
             best_scale = torch.where(better, scale * sign, best_scale)
-    scales = representable(best_scale, largest)
-    return scales, (energy - best_gain).clamp_min_(0.0)
+    return best_scale, best_gain, energy
+
+
+def _fitting(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The scale at which the largest weight just fits."""
+    return weight.abs().amax(-1).clamp_min(1e-7) / grid.extreme
 
 
 def representable(scales: torch.Tensor, fallback: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
+from mgptq_runtime.formats import FORMATS, GGML_FORMATS, format_named, padded_columns
 
 __all__ = ["InputGroup", "QuantizedLinear", "QuantizedModel", "Segment", "permutation_dtype"]
 
@@ -21,10 +21,10 @@ def permutation_dtype(columns: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of 64-column blocks of one linear, all in one format.
+    """A run of blocks of one linear, all in one format.
 
     Attributes:
-        format: a key of :data:`mgptq_runtime.formats.FORMATS`.
+        format: a key of :data:`mgptq_runtime.formats.FORMATS` or :data:`mgptq_runtime.formats.GGML_FORMATS`.
         data: uint8 [rows, blocks * block_bytes], packed.
     """
 
@@ -34,7 +34,8 @@ class Segment:
     @property
     def columns(self) -> int:
         """Columns that the segment covers, padding included."""
-        return self.data.shape[1] // FORMATS[self.format].block_bytes * BLOCK_COLUMNS
+        fmt = format_named(self.format)
+        return self.data.shape[1] // fmt.block_bytes * fmt.block_columns
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class QuantizedLinear:
     Attributes:
         name: ``blk.0.attn_q`` and the like.
         rows, columns: outputs and inputs, without padding.
-        segments: cover ``columns`` rounded up to 64, in order.
+        segments: cover ``columns`` rounded up to 64, in order; or one segment of a ggml type, which has no padding.
         permutation: int [columns], or None for the natural order: position ``i`` of the segments
             holds column ``permutation[i]``. Shared by all linears of an input group.
     """
@@ -56,9 +57,13 @@ class QuantizedLinear:
     permutation: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        ggml = [segment.format for segment in self.segments if segment.format in GGML_FORMATS]
+        if ggml and len(self.segments) > 1:
+            raise ValueError(f"{self.name}: a segment of type {ggml[0]} must be a linear's only one")
         covered = sum(segment.columns for segment in self.segments)
-        if covered != padded_columns(self.columns):
-            raise ValueError(f"{self.name}: segments cover {covered} columns of {padded_columns(self.columns)}")
+        wanted = self.columns if ggml else padded_columns(self.columns)
+        if covered != wanted:
+            raise ValueError(f"{self.name}: segments cover {covered} columns of {wanted}")
 
     @property
     def stored_bytes(self) -> int:
@@ -67,7 +72,7 @@ class QuantizedLinear:
 
     def dequantize_permuted(self) -> np.ndarray:
         """Weights in storage order: float32 [rows, columns], padding dropped."""
-        parts = [FORMATS[segment.format].dequantize(segment.data) for segment in self.segments]
+        parts = [format_named(segment.format).dequantize(segment.data) for segment in self.segments]
         return np.concatenate(parts, axis=1)[:, : self.columns]
 
     def dequantize(self) -> np.ndarray:
@@ -136,7 +141,8 @@ class QuantizedModel:
 
     def weights_by_format(self) -> dict[str, int]:
         """Weights of all linears in each format in use, padding included; fewest bits first."""
-        counts = dict.fromkeys(FORMATS, 0)
+        known = sorted([*FORMATS.values(), *GGML_FORMATS.values()], key=lambda fmt: fmt.bits_per_weight)
+        counts = dict.fromkeys((fmt.name for fmt in known), 0)
         for linear in self.linears():
             for segment in linear.segments:
                 counts[segment.format] += linear.rows * segment.columns

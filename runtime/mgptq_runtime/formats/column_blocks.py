@@ -1,4 +1,4 @@
-"""Storage formats of quantized weights: the bits on disk, defined once.
+"""The formats of containers and ONNX graphs: blocks of 64 columns with one scale.
 
 A weight matrix row is cut into blocks of 64 columns. A block stores one scale and 64 codes:
 
@@ -19,19 +19,20 @@ b8       ``(c - 127) * d``          66            8.25
 A b2 block is, byte for byte, a ggml ``Q2_0`` block. b8 stores ``c - 127`` as a signed byte.
 """
 
-from functools import cache
 from typing import ClassVar
 
 import numpy as np
 
 from mgptq_runtime.errors import ContainerError
+from mgptq_runtime.formats.base import Format
+from mgptq_runtime.formats.planes import pack_plane, plane_codes, plane_values, unpack_plane
 
-__all__ = ["BLOCK_COLUMNS", "FORMATS", "Format", "padded_columns"]
+__all__ = ["BLOCK_COLUMNS", "FORMATS", "ColumnFormat", "padded_columns"]
 
 BLOCK_COLUMNS = 64
 SCALE_BYTES = 2
 
-FORMATS: dict[str, "Format"] = {}
+FORMATS: dict[str, "ColumnFormat"] = {}
 
 
 def padded_columns(columns: int) -> int:
@@ -39,8 +40,8 @@ def padded_columns(columns: int) -> int:
     return -(-columns // BLOCK_COLUMNS) * BLOCK_COLUMNS
 
 
-class Format:
-    """One storage format. Subclasses hold only the packing of 64 codes into bytes.
+class ColumnFormat(Format):
+    """One format of 64-column blocks. Subclasses hold only the packing of 64 codes into bytes.
 
     Class attributes:
         name: the name in files, ``b1`` to ``b8``.
@@ -49,7 +50,7 @@ class Format:
         code_bytes: bytes of 64 packed codes.
     """
 
-    name: ClassVar[str]
+    block_columns = BLOCK_COLUMNS
     levels: ClassVar[int]
     step: ClassVar[int] = 1
     offset: ClassVar[int]
@@ -61,9 +62,6 @@ class Format:
         cls.block_bytes = SCALE_BYTES + cls.code_bytes
         cls.bits_per_weight = cls.block_bytes * 8 / BLOCK_COLUMNS
         FORMATS[cls.name] = cls()
-
-    block_bytes: ClassVar[int]
-    bits_per_weight: ClassVar[float]
 
     def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
         """uint8 [..., 64] to uint8 [..., code_bytes]."""
@@ -105,14 +103,6 @@ class Format:
         out[..., SCALE_BYTES:] = self._pack_codes(codes.reshape(rows, blocks, BLOCK_COLUMNS))
         return out.reshape(rows, -1)
 
-    def _blocks(self, data: np.ndarray) -> np.ndarray:
-        if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] % self.block_bytes:
-            raise ContainerError(
-                f"a {self.name} segment needs uint8 rows of whole {self.block_bytes}-byte blocks, "
-                f"got {data.dtype} {data.shape}"
-            )
-        return data.reshape(data.shape[0], -1, self.block_bytes)
-
     def scales(self, data: np.ndarray) -> np.ndarray:
         """Scales of packed rows: uint8 [rows, blocks * block_bytes] to float16 [rows, blocks]."""
         blocks = self._blocks(data)
@@ -133,59 +123,24 @@ class Format:
         values *= self.scales(data).astype(np.float32)[..., None]
         return values.reshape(data.shape[0], -1)
 
-    def validate_codes(self, data: np.ndarray) -> None:
-        """Check packed rows, uint8 [rows, blocks * block_bytes], for bytes that are no code.
-
-        Raises:
-            ContainerError: there is one. Only b8 has such a byte, -128.
-        """
-
     def values(self) -> np.ndarray:
         """Weight of every code at scale 1: float32 [levels]."""
         return np.arange(self.levels, dtype=np.float32) * self.step + self.offset
 
 
-def _pack_plane(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack ``bits``-bit codes, lowest bits first: uint8 [..., n] to uint8 [..., n * bits / 8]."""
-    per_byte = 8 // bits
-    lanes = codes.reshape(*codes.shape[:-1], -1, per_byte)
-    packed = np.zeros(lanes.shape[:-1], np.uint8)
-    for lane in range(per_byte):
-        packed |= lanes[..., lane] << np.uint8(lane * bits)
-    return packed
-
-
-@cache
-def _plane_codes(bits: int) -> np.ndarray:
-    """The codes in every byte value: uint8 [256, 8 / bits]."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
-
-
-@cache
-def _plane_values(bits: int, step: int, offset: int) -> np.ndarray:
-    """The values ``step * code + offset`` in every byte value: float32 [256, 8 / bits]."""
-    return _plane_codes(bits).astype(np.float32) * step + offset
-
-
-def _unpack_plane(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Look every byte up: uint8 [..., n] to [..., n * table.shape[1]]."""
-    return np.take(table, packed, axis=0).reshape(*packed.shape[:-1], -1)
-
-
-class _Plane(Format):
+class _Plane(ColumnFormat):
     """Codes that lie in one plane of ``plane_bits`` each."""
 
     plane_bits: ClassVar[int]
 
     def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
-        return _pack_plane(codes, self.plane_bits)
+        return pack_plane(codes, self.plane_bits)
 
     def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
-        return _unpack_plane(packed, _plane_codes(self.plane_bits))
+        return unpack_plane(packed, plane_codes(self.plane_bits))
 
     def _unpack_values(self, packed: np.ndarray) -> np.ndarray:
-        return _unpack_plane(packed, _plane_values(self.plane_bits, self.step, self.offset))
+        return unpack_plane(packed, plane_values(self.plane_bits, self.step, self.offset))
 
 
 class B1(_Plane):
@@ -196,21 +151,21 @@ class B2(_Plane):
     name, levels, offset, code_bytes, plane_bits = "b2", 4, -1, 16, 2
 
 
-class B3(Format):
+class B3(ColumnFormat):
     """The low two bits of 64 codes (16 bytes), then their high bits (8 bytes)."""
 
     name, levels, offset, code_bytes = "b3", 8, -3, 24
 
     def _pack_codes(self, codes: np.ndarray) -> np.ndarray:
-        return np.concatenate([_pack_plane(codes & 3, 2), _pack_plane(codes >> 2, 1)], axis=-1)
+        return np.concatenate([pack_plane(codes & 3, 2), pack_plane(codes >> 2, 1)], axis=-1)
 
     def _unpack_codes(self, packed: np.ndarray) -> np.ndarray:
-        low = _unpack_plane(packed[..., :16], _plane_codes(2))
-        return low | (_unpack_plane(packed[..., 16:], _plane_codes(1)) << np.uint8(2))
+        low = unpack_plane(packed[..., :16], plane_codes(2))
+        return low | (unpack_plane(packed[..., 16:], plane_codes(1)) << np.uint8(2))
 
     def _unpack_values(self, packed: np.ndarray) -> np.ndarray:
-        values = _unpack_plane(packed[..., :16], _plane_values(2, 1, self.offset))
-        values += _unpack_plane(packed[..., 16:], _plane_values(1, 4, 0))
+        values = unpack_plane(packed[..., :16], plane_values(2, 1, self.offset))
+        values += unpack_plane(packed[..., 16:], plane_values(1, 4, 0))
         return values
 
 
@@ -218,7 +173,7 @@ class B4(_Plane):
     name, levels, offset, code_bytes, plane_bits = "b4", 16, -8, 32, 4
 
 
-class B8(Format):
+class B8(ColumnFormat):
     """``code - 127`` as a signed byte."""
 
     name, levels, offset, code_bytes = "b8", 255, -127, 64
