@@ -49,7 +49,9 @@ def _document(path: Path, number: int, line: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a text to score: a ``.jsonl`` file's documents joined by a blank line, or any other file as it is.
+    """Read a text to score: a ``.jsonl`` file's documents joined by a blank line, or any other file's text.
+
+    Line ends of any system count as ``\\n``: a text scores the same however it was copied.
 
     Raises:
         BadInputError: a file that cannot be read, or a line that is not a JSON object with a field ``text``.
@@ -59,7 +61,7 @@ def read_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     if path.suffix != ".jsonl":
-        return content
+        return content.replace("\r\n", "\n").replace("\r", "\n")
     lines = enumerate(content.split("\n"), start=1)
     return "\n\n".join(_document(path, number, line) for number, line in lines if line.strip())
 
