@@ -1,39 +1,41 @@
-"""A Hugging Face model out of a GGUF file: configuration, weights, tokenizer files.
+"""A Hugging Face model out of a GGUF file: configuration and weights.
 
-The weights are dequantized with gguf-py; llama.cpp's rotary row order of q and k is undone.
+What a family's files look like is the family's affair: see :class:`mgptq_export.families.Family`. The weights are
+dequantized with gguf-py; what llama.cpp's converter changed in them is undone.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
 
+from mgptq_export.families import FAMILIES, Family, family_of
+from mgptq_export.models.gguf_tokenizer import write_gguf_tokenizer
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
 
-__all__ = ["read_gguf_config", "read_gguf_weights", "write_gguf_tokenizer"]
+__all__ = ["open_gguf", "read_gguf_config", "read_gguf_weights", "write_gguf_tokenizer"]
 
 _TENSOR_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_BLOCK_TENSOR_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+class _Present(dict[str, Any]):
+    """A part of a file, whose absent members are an error of the file."""
+
+    def __init__(self, members: Iterable[tuple[str, Any]], prefix: str = "") -> None:
+        super().__init__(members)
+        self.prefix = prefix
+
+    def __missing__(self, key: str) -> Any:
+        raise BadInputError(f"the GGUF file lacks {self.prefix}{key}; convert it again with llama.cpp")
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
@@ -41,10 +43,15 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
 
     Raises:
         BadInputError: not a GGUF file, or cut short.
+        UnsupportedModelError: tensors in a type that gguf-py does not know.
     """
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, OSError, KeyError, TypeError) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise UnsupportedModelError(
+                f"{path} holds tensors in a type that gguf-py cannot read ({error}); take a file in another type"
+            ) from error
         raise BadInputError(f"{path} is not a readable GGUF file ({error}); download it again") from error
 
 
@@ -56,60 +63,43 @@ def read_gguf_config(reader: gguf.GGUFReader) -> dict[str, Any]:
     """The Hugging Face configuration that the file's metadata describes.
 
     Raises:
-        UnsupportedModelError: another architecture than llama, experts, or scaled rotary frequencies.
-        BadInputError: a hyper-parameter is missing.
+        UnsupportedModelError: an unknown architecture, experts, or rotary frequencies that are not supported.
+        BadInputError: a hyper-parameter is missing or of another kind, or the file is a part of a model.
     """
     meta = _metadata(reader)
     architecture = meta.get("general.architecture")
-    if architecture != "llama":
-        raise UnsupportedModelError(f"GGUF architecture {architecture!r} is not supported; supported: llama")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if "rope_freqs.weight" in tensors or meta.get("llama.rope.scaling.type", "none") != "none":
+    tensors = _Present((tensor.name, tensor) for tensor in reader.tensors)
+    prefix = f"{architecture}."
+    parameters = _Present(
+        ((key.removeprefix(prefix), value) for key, value in meta.items() if key.startswith(prefix)), prefix
+    )
+    _check_dense(str(architecture), parameters, tensors)
+    if architecture not in FAMILIES:
         raise UnsupportedModelError(
-            "GGUF files with scaled rotary frequencies are not supported; use the model's Hugging Face folder instead"
+            f"GGUF architecture {architecture!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    if any("_exps." in name for name in tensors):
-        raise UnsupportedModelError("mixture-of-experts models are not supported")
+    if meta.get("split.count", 1) > 1:
+        raise BadInputError(f"the GGUF file is one of {meta['split.count']} parts; merge them with llama-gguf-split")
     try:
-        heads = meta["llama.attention.head_count"]
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "hidden_size": meta["llama.embedding_length"],
-            "intermediate_size": meta["llama.feed_forward_length"],
-            "num_hidden_layers": meta["llama.block_count"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": meta.get("llama.attention.head_count_kv", heads),
-            "head_dim": meta.get("llama.attention.key_length", meta["llama.embedding_length"] // heads),
-            "max_position_embeddings": meta["llama.context_length"],
-            "rms_norm_eps": round(float(meta["llama.attention.layer_norm_rms_epsilon"]), 12),
-            "rope_theta": float(meta.get("llama.rope.freq_base", 10000.0)),
-            "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-            "tie_word_embeddings": "output.weight" not in tensors,
-        }
-    except KeyError as error:
-        raise BadInputError(f"the GGUF file lacks {error}; convert it again with llama.cpp") from error
-    for key in ("bos", "eos", "padding"):
-        token = meta.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None:
-            config[f"{key.replace('padding', 'pad')}_token_id"] = token
-    return config
+        config = FAMILIES[architecture].config_from_gguf(parameters, tensors)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise BadInputError(f"the GGUF file's hyper-parameters cannot be used: {error}") from error
+    # An id that the file does not give is None: transformers' defaults belong to other vocabularies.
+    return config | {key: meta.get(f"tokenizer.ggml.{name}_token_id") for key, name in _TOKEN_IDS.items()}
 
 
-def _hugging_face_name(name: str) -> str:
-    if name in _TENSOR_NAMES:
-        return _TENSOR_NAMES[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in _BLOCK_TENSOR_NAMES:
-        raise UnsupportedModelError(f"the GGUF file holds {name!r}, which is no part of a supported llama model")
-    return f"model.layers.{match[1]}.{_BLOCK_TENSOR_NAMES[match[2]]}.{match[3]}"
-
-
-def _undo_rotary_interleaving(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp stores the rows of a head as rotary pairs; Hugging Face as two halves."""
-    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
+def _check_dense(architecture: str, parameters: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Raise UnsupportedModelError for experts, and for layers of different shapes."""
+    experts = parameters.get("expert_count", 0) or any("_exps." in name for name in tensors)
+    if experts or "moe" in architecture:
+        raise UnsupportedModelError(
+            f"mixture-of-experts models are not supported, and this {architecture} model is one; supported: dense ones"
+        )
+    for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+        if isinstance(parameters.get(key), list):
+            raise UnsupportedModelError(
+                f"{key} {parameters[key]} is not supported; supported: one number for all layers"
+            )
 
 
 def read_gguf_weights(reader: gguf.GGUFReader, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -117,49 +107,51 @@ def read_gguf_weights(reader: gguf.GGUFReader, config: Mapping[str, Any]) -> dic
 
     Raises:
         UnsupportedModelError: an unknown tensor, or one in a type that gguf-py cannot dequantize.
+        BadInputError: rows that are no whole heads.
     """
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    family = family_of(config)
+    paths = family.gguf_paths()
     state = {}
     for tensor in reader.tensors:
+        if tensor.name in family.gguf_rotary:
+            continue
+        name = _hugging_face_name(tensor.name, paths, family)
         try:
             weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise UnsupportedModelError(f"{tensor.name}: type {tensor.tensor_type.name} cannot be read") from error
-        kind = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
-        if kind in heads:
-            weight = _undo_rotary_interleaving(weight, heads[kind])
-        state[_hugging_face_name(tensor.name)] = torch.from_numpy(np.array(weight, np.float32))
+        weight = _as_hugging_face(tensor.name, np.array(weight, np.float32), family, config)
+        state[name] = torch.from_numpy(weight)
     return state
 
 
-def write_gguf_tokenizer(path: Path, reader: gguf.GGUFReader, folder: Path) -> None:
-    """Write the tokenizer that the file carries as Hugging Face's files into ``folder``.
-
-    Raises:
-        UnsupportedModelError: a kind of tokenizer that transformers cannot convert.
-    """
-    from transformers import AutoTokenizer
-
-    meta = _metadata(reader)
-    if "tokenizer.ggml.tokens" not in meta:
-        raise BadInputError(f"{path} carries no tokenizer; use the model's Hugging Face folder instead")
-    try:
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-    except (NotImplementedError, ValueError, KeyError) as error:
-        kind = meta.get("tokenizer.ggml.model")
-        raise UnsupportedModelError(f"the tokenizer of {path} ({kind!r}) cannot be converted: {error}") from error
-    if meta.get("tokenizer.ggml.pre") == "smollm":
-        # The conversion knows one way to split words for all byte-pair models; this family splits digits too.
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
+def _hugging_face_name(name: str, paths: Mapping[str, str], family: Family) -> str:
+    if name in _TENSOR_NAMES:
+        return _TENSOR_NAMES[name]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if not match or match[2] not in paths:
+        raise UnsupportedModelError(
+            f"the GGUF file holds {name!r}, which is no part of a supported {family.name} model"
         )
-        tokenizer.save(str(folder / "tokenizer.json"))
-    eos = meta.get("tokenizer.ggml.eos_token_id")
-    generation = {"eos_token_id": eos} if eos is not None else {}
-    if "tokenizer.ggml.bos_token_id" in meta:
-        generation["bos_token_id"] = meta["tokenizer.ggml.bos_token_id"]
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    return f"model.layers.{match[1]}.{paths[match[2]]}.{match[3]}"
+
+
+def _as_hugging_face(name: str, weight: np.ndarray, family: Family, config: Mapping[str, Any]) -> np.ndarray:
+    """Undo what llama.cpp's converter did to the values of a tensor."""
+    kind = name.split(".")[-2]
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    if family.rotary_pairs and kind in heads:
+        return _undo_rotary_interleaving(name, weight, heads[kind])
+    if kind in family.norms or kind == "output_norm":
+        return weight - np.float32(family.norm_offset)
+    return weight
+
+
+def _undo_rotary_interleaving(name: str, weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp stores the rows of a head as rotary pairs; Hugging Face as two halves."""
+    if len(weight) % (2 * heads):
+        raise BadInputError(
+            f"{name}: {len(weight)} rows are not {heads} heads of rotary pairs; download the file again"
+        )
+    pairs = weight.reshape(heads, len(weight) // heads // 2, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)

@@ -1,10 +1,11 @@
 """Loading the model to quantize: a Hugging Face folder or hub id, or a GGUF file."""
 
+import copy
 import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +16,9 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
+from mgptq_export.families import Family, GroupModules, family_of
 from mgptq_export.models import gguf_source
-from mgptq_export.models.family import GroupModules, family_of, groups_of
-from mgptq_runtime.errors import BadInputError, NumericalError
+from mgptq_runtime.errors import BadInputError, NumericalError, UnsupportedModelError
 from mgptq_runtime.progress import Advance, track
 from mgptq_runtime.quantized_model import QuantizedModel
 from mgptq_runtime.strict_json import parse_json_object
@@ -36,8 +37,8 @@ class SourceModel:
     Attributes:
         name: for file names and titles.
         source: what the user named.
-        family: a key of :data:`mgptq_export.models.FAMILIES`.
-        model: a transformers causal language model.
+        family: of the model.
+        model: a transformers causal language model, each linear of the family's groups a module of its own.
         config: its ``config.json``.
         tokenizer_folder: holds ``tokenizer.json`` and its companions.
         tokenizer: the same, loaded; None where the source has none.
@@ -45,12 +46,16 @@ class SourceModel:
 
     name: str
     source: str
-    family: str
+    family: Family
     model: Any
     config: Mapping[str, Any]
     tokenizer_folder: Path
     tokenizer: Tokenizer | None
     _temporary: TemporaryDirectory | None = None
+
+    def copy(self) -> "SourceModel":
+        """The same model with weights of its own."""
+        return replace(self, model=copy.deepcopy(self.model))
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -59,11 +64,15 @@ class SourceModel:
 
     def layer_groups(self, index: int) -> list[GroupModules]:
         """Input groups of decoder layer ``index`` in forward order."""
-        return groups_of(self.family, self.model.model.layers[index], index)
+        return self.family.layer_groups(self.model.model.layers[index], index)
 
     def groups(self) -> list[GroupModules]:
         """Input groups of all layers in forward order."""
         return [group for index in range(len(self.model.model.layers)) for group in self.layer_groups(index)]
+
+    def linear_kinds(self) -> list[str]:
+        """``attn_q`` and the like, in forward order."""
+        return [name.split(".")[-1] for group in self.layer_groups(0) for name in group.modules]
 
     @property
     def tied(self) -> bool:
@@ -94,6 +103,7 @@ def load_source(source: str, *, device: str = "cpu", trust_remote_code: bool = F
         else:
             loaded = _load_hugging_face(path, source, trust_remote_code, advance)
         _check_finite(loaded.model)
+        loaded.family.prepare(loaded.model)
         advance()
     try:
         loaded.model.requires_grad_(False).eval().to(device)
@@ -116,6 +126,7 @@ def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
             )
     except Exception as error:  # a broken configuration raises many kinds
         raise BadInputError(f"{source}: its configuration cannot be used: {error}") from error
+    family.prepare(model)
     return SourceModel(_model_name(source), source, family, model, config, path.parent, None)
 
 
@@ -148,7 +159,7 @@ def _model_name(source: str) -> str:
 
 
 def load_quantized_weights(source: SourceModel, quantized: QuantizedModel) -> None:
-    """Replace the model's weights by a quantized model's, dequantized; biases too, as their rows are renumbered.
+    """Replace the model's weights by a quantized model's, dequantized; norms and biases too, as all is renumbered.
 
     Raises:
         BadInputError: the quantized model is of another shape.
@@ -162,8 +173,7 @@ def load_quantized_weights(source: SourceModel, quantized: QuantizedModel) -> No
         raise BadInputError(f"{source.source} is not the model that was quantized: its layers have other shapes")
     for name, module in modules.items():
         module.weight.data.copy_(torch.from_numpy(linears[name].dequantize()))
-        if module.bias is not None:
-            module.bias.data.copy_(torch.from_numpy(quantized.tensors[f"{name}_bias"]))
+    source.family.load_tensors(source.model, quantized.tensors)
     source.model.model.embed_tokens.weight.data.copy_(torch.from_numpy(quantized.embedding.dequantize()))
     if quantized.head is not None:
         source.model.lm_head.weight.data.copy_(torch.from_numpy(quantized.head.dequantize()))
@@ -188,7 +198,7 @@ def _check_complete(found: Mapping[str, Any], source: str) -> None:
 
 
 def _load_gguf(path: Path, source: str, advance: Advance) -> SourceModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     reader = gguf_source.open_gguf(path)
     config = gguf_source.read_gguf_config(reader)
@@ -200,17 +210,21 @@ def _load_gguf(path: Path, source: str, advance: Advance) -> SourceModel:
     state = gguf_source.read_gguf_weights(reader, config)
     advance()
     try:
-        result: Any = LlamaForCausalLM.from_pretrained(
+        result: Any = getattr(transformers, family.architecture).from_pretrained(
             None,
-            config=LlamaConfig.from_dict(dict(config)),
+            config=AutoConfig.for_model(**config),
             state_dict=state,
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # broken hyper-parameters raise many kinds
         raise BadInputError(f"{path}: the weights do not fit the hyper-parameters ({error})") from error
     model, found = result
     _check_complete(found, source)
+    if found["unexpected_keys"]:
+        # Weights that transformers' model has no place for would silently be left out: biases, mostly.
+        extra = ", ".join(sorted(found["unexpected_keys"])[:5])
+        raise UnsupportedModelError(f"{path} holds weights that a {family.name} model does not have: {extra}")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     advance()
     return SourceModel(_model_name(source), source, family, model, model.config.to_dict(), folder, tokenizer, temporary)

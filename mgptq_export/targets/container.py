@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGUFWriter
 
 from mgptq_export.checkpoint import Checkpoint
+from mgptq_export.targets.gguf_tokenizer import add_chat_template, add_tokenizer
 from mgptq_runtime.container import (
     ARCHITECTURE,
     FORMAT_VERSION,
@@ -22,14 +23,12 @@ from mgptq_runtime.container import (
     segment_name,
     signature_offset,
 )
-from mgptq_runtime.errors import BadInputError
+from mgptq_runtime.errors import BadInputError, UnsupportedModelError
 from mgptq_runtime.gguf_file import read_gguf
 from mgptq_runtime.golden import GoldenVectors
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, permutation_dtype
 
 __all__ = ["write_container"]
-
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 def write_container(checkpoint: Checkpoint, golden: GoldenVectors, path: Path) -> None:
@@ -120,65 +119,19 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     folder = checkpoint.folder
     tokenizer = _read_json(folder / "tokenizer.json")
     config = _read_json(folder / "tokenizer_config.json")
-    embedded_template = config.pop("chat_template", None)
+    config.pop("chat_template", None)
     generation = _read_json(folder / "generation_config.json")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if generation.get(key) is None and checkpoint.config.get(key) is not None:
             generation[key] = checkpoint.config[key]
 
-    if _is_byte_level_bpe(tokenizer):
-        _add_ggml_vocabulary(writer, tokenizer, checkpoint.model.embedding.rows)
-        _add_special_token_ids(writer, tokenizer, config, generation)
+    try:
+        add_tokenizer(writer, folder, checkpoint.model.embedding.rows, checkpoint.config, unknown_pre="default")
+    except UnsupportedModelError:  # a kind that GGUF has no name for; the runtime reads the Hugging Face form
+        add_chat_template(writer, folder)
     writer.add_string("tokenizer.huggingface.json", _compact_json(tokenizer))
-    template_file = folder / "chat_template.jinja"
-    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else embedded_template
-    if isinstance(template, str):
-        writer.add_chat_template(template)
     writer.add_string("mgptq.tokenizer_config", _compact_json(config))
     writer.add_string("mgptq.generation_config", _compact_json(generation))
-
-
-def _is_byte_level_bpe(tokenizer: Mapping[str, Any]) -> bool:
-    decoder = tokenizer.get("decoder") or {}
-    return tokenizer["model"].get("type") == "BPE" and decoder.get("type") == "ByteLevel"
-
-
-def _add_ggml_vocabulary(writer: GGUFWriter, tokenizer: Mapping[str, Any], vocabulary_size: int) -> None:
-    """Tokens, their types and merges as llama.cpp's converter writes them for byte-level BPE."""
-    tokens = [f"[PAD{i}]" for i in range(vocabulary_size)]
-    types = [UNUSED] * vocabulary_size
-    entries = [(text, token, NORMAL) for text, token in tokenizer["model"]["vocab"].items()]
-    entries += [
-        (added["content"], added["id"], CONTROL if added["special"] else USER_DEFINED)
-        for added in tokenizer.get("added_tokens", [])
-    ]
-    for text, token, token_type in entries:
-        if token >= vocabulary_size:
-            raise BadInputError(
-                f"tokenizer.json: token {text!r} has id {token}, the embedding has {vocabulary_size} rows; "
-                "take the tokenizer of this model"
-            )
-        tokens[token], types[token] = text, token_type
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in tokenizer["model"]["merges"]])
-
-
-def _add_special_token_ids(
-    writer: GGUFWriter, tokenizer: Mapping[str, Any], config: Mapping[str, Any], generation: Mapping[str, Any]
-) -> None:
-    ids = tokenizer["model"]["vocab"] | {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
-    for name, gguf_name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = config.get(f"{name}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        token_id = ids.get(content, generation.get(f"{name}_token_id"))
-        if isinstance(token_id, int):
-            writer.add_uint32(f"tokenizer.ggml.{gguf_name}_token_id", token_id)
-    for key in ("add_bos_token", "add_eos_token"):
-        if isinstance(config.get(key), bool):
-            writer.add_bool(f"tokenizer.ggml.{key}", config[key])
 
 
 def _add_linear(writer: GGUFWriter, linear: QuantizedLinear) -> None:

@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from mgptq_runtime.errors import UnsupportedModelError
+from mgptq_runtime.families.decoder import Decoder
+from mgptq_runtime.families.gemma3 import Gemma3
 from mgptq_runtime.families.layout import Family
 from mgptq_runtime.families.llama import Llama
+from mgptq_runtime.families.phi3 import Phi3
+from mgptq_runtime.families.qwen2 import Qwen2
+from mgptq_runtime.families.qwen3 import Qwen3
 
 __all__ = ["FAMILIES", "make_family"]
 
-FAMILIES = {family.name: family for family in (Llama,)}
+FAMILIES: dict[str, type[Decoder]] = {family.name: family for family in (Llama, Qwen2, Qwen3, Gemma3, Phi3)}
 
 
 def make_family(name: str, hyperparameters: Mapping[str, Any]) -> Family:
