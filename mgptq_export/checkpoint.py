@@ -7,6 +7,7 @@ quantized/
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from mgptq_runtime.errors import PackageError
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "copy_tokenizer", "read_checkpoint", "write_checkpoint"]
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -107,11 +110,25 @@ def write_checkpoint(
         "tensors": sorted(model.tensors),
         "layout": layout,
     }
-    full_config = {**config, "quantization_config": quantization_config}
+    full_config: dict[str, Any] = {**config, "quantization_config": quantization_config}
     save_file({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(full_config, indent=2) + "\n")
     copy_tokenizer(tokenizer_folder, folder)
+    _drop_tokens_beyond(folder / "tokenizer.json", model.embedding.rows)
     return Checkpoint(folder, model, full_config)
+
+
+def _drop_tokens_beyond(path: Path, vocabulary_size: int) -> None:
+    """Some tokenizers add tokens that their model has no embedding for (Gemma 3's image token in its text models)."""
+    if not path.is_file():
+        return
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    added = tokenizer.get("added_tokens") or []
+    kept = [token for token in added if token["id"] < vocabulary_size]
+    dropped = [token["content"] for token in added if token["id"] >= vocabulary_size]
+    if dropped:
+        logger.warning("dropped tokens that the model has no embedding for: %s", ", ".join(dropped))
+        path.write_text(json.dumps({**tokenizer, "added_tokens": kept}, ensure_ascii=False), encoding="utf-8")
 
 
 def _read_linear(

@@ -18,7 +18,7 @@ from mgptq_runtime.signals import exit_on_signals
 
 __all__ = ["cli", "main"]
 
-TARGET_NAMES = ("container", "onnx")
+TARGET_NAMES = ("container", "onnx", "llama.cpp")
 
 
 def _split(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
@@ -146,6 +146,7 @@ def run(
 @click.argument("model")
 @OUT
 @RECIPE
+@TARGETS
 @DEVICE
 @THREADS
 @OVERWRITE
@@ -154,6 +155,7 @@ def run(
 def quantize(
     model: str,
     out: Path,
+    targets: list[str],
     device: str,
     threads: int | None,
     overwrite: bool,
@@ -161,12 +163,19 @@ def quantize(
     as_json: bool,
     **recipe: Any,
 ) -> None:
-    """Quantize MODEL into a package without targets; 'export' adds them."""
+    """Quantize MODEL for the targets without writing them; 'export' does."""
     from mgptq_export import pipeline
 
     _set_threads(threads)
-    manifest = pipeline.quantize_to(
-        model, out, Recipe(**recipe), device=device, overwrite=overwrite, trust_remote_code=trust_remote_code
+    manifest = pipeline.run(
+        model,
+        out,
+        Recipe(**recipe),
+        targets,
+        export_targets=False,
+        device=device,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
     _print_manifest(manifest, out, as_json)
 
@@ -227,26 +236,27 @@ def inspect(package: Path, as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     _print_manifest(found["manifest"], package, False)
-    table = Table("linear", "stored bits", *found["formats"], title="Weights by format")
-    for kind, row in found["kinds"].items():
-        total = sum(row["weights_by_format"].values())
-        shares = (f"{row['weights_by_format'].get(name, 0) / total:.1%}" for name in found["formats"])
-        table.add_row(kind, f"{row['bits_stored']:.3f}", *shares)
-    Console().print(table)
+    for name, layout in found["layouts"].items():
+        table = Table("linear", "stored bits", *layout["formats"], title=f"Weights by format, {name} layout")
+        for kind, row in layout["kinds"].items():
+            total = sum(row["weights_by_format"].values())
+            shares = (f"{row['weights_by_format'].get(fmt, 0) / total:.1%}" for fmt in layout["formats"])
+            table.add_row(kind, f"{row['bits_stored']:.3f}", *shares)
+        Console().print(table)
 
 
 @cli.command()
 @click.argument("model")
 @click.option("--bits", type=float, default=Recipe.bits, show_default=True)
 @click.option("--embedding-format", type=click.Choice(["b4", "b8"]), default=Recipe.embedding_format, show_default=True)
-@TARGETS
+@click.option("--targets", default=",".join(TARGET_NAMES), show_default=True, callback=_split, help="Targets to plan.")
 @TRUST
 @JSON
 def plan(
     model: str, bits: float, embedding_format: str, targets: list[str], trust_remote_code: bool, as_json: bool
 ) -> None:
-    """Say what MODEL would become at --bits, without running anything."""
-    from mgptq_export.inspection import plan_model
+    """Say what MODEL would become at --bits, and which targets can reach it, without running anything."""
+    from mgptq_export.planning import plan_model
 
     planned = plan_model(
         model, Recipe(bits=bits, embedding_format=embedding_format), targets, trust_remote_code=trust_remote_code
@@ -256,10 +266,23 @@ def plan(
         return
     table = Table("target", "bits it can reach", f"at {bits} bits", title=f"{planned['name']} ({planned['family']})")
     for name, target in planned["targets"].items():
-        reach = f"{math.ceil(target['lowest_bits'] * 100) / 100:.2f} to {target['highest_bits']:.2f}"
-        size = f"{target['weight_bytes'] / 1e6:.1f} MB of weights" if target["reachable"] else "not reachable"
-        table.add_row(name, reach, size)
-    Console().print(table)
+        reach = "none"
+        if "lowest_bits" in target:
+            reach = f"{math.ceil(target['lowest_bits'] * 100) / 100:.2f} to {target['highest_bits']:.2f}"
+        table.add_row(name, reach, _planned_size(target))
+    console = Console()
+    console.print(table)
+    for name, target in planned["targets"].items():
+        for kind, row in target.get("kinds", {}).items():
+            if row["excluded"]:
+                reasons = dict.fromkeys(row["excluded"].values())
+                console.print(f"{name}: {kind} takes {', '.join(row['formats'])}; {'; '.join(reasons)}")
+
+
+def _planned_size(target: dict[str, Any]) -> str:
+    if target["reachable"]:
+        return f"{target['weight_bytes'] / 1e6:.1f} MB of weights"
+    return f"not reachable: {target['reason']}"
 
 
 def _set_threads(threads: int | None) -> None:
@@ -279,7 +302,9 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
     for file in manifest["files"]:
         table.add_row(file["path"], f"{file['bytes'] / 1e6:.2f}")
     console.print(table)
-    console.print(f"stored bits per weight: {bits['stored']:.4f} (asked {bits['requested']})")
+    for name, layout in manifest["layouts"].items():
+        stored = layout["bits"]["stored"]
+        console.print(f"stored bits per weight, {name} layout: {stored:.4f} (asked {bits['requested']})")
     if manifest.get("evaluation"):
         console.print(_evaluation_table(manifest["evaluation"]))
 

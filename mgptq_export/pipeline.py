@@ -1,6 +1,5 @@
 """From a model to a package: quantize, export, evaluate, and the manifest that tells it all."""
 
-import copy
 import importlib.metadata
 import json
 import platform
@@ -8,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from mgptq_export.calibration import file_tokens
 from mgptq_export.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_windows, torch_scorer
 from mgptq_export.golden import make_golden
+from mgptq_export.layouts import COLUMNS, LAYOUTS, Calibration, Layout
 from mgptq_export.models import SourceModel, load_quantized_weights, load_source
-from mgptq_export.quantize import quantize
+from mgptq_export.quantize import calibrate, check_budget, quantize
 from mgptq_export.recipe import Recipe
 from mgptq_export.targets import TARGETS, target_named
 from mgptq_runtime.backends import Backend
@@ -34,16 +34,15 @@ __all__ = [
     "EvaluationText",
     "evaluate_package",
     "export",
-    "formats_for",
-    "quantize_to",
     "read_manifest",
     "run",
     "verified_checkpoint",
 ]
 
-CHECKPOINT_FOLDER = "quantized"
 GOLDEN_FILE = "golden.npz"
-MANIFEST_KEYS = {"name", "bits", "targets", "files"}
+MANIFEST_KEYS = {"name", "bits", "layouts", "targets", "files"}
+# What evaluations call the weights of each layout, computed by PyTorch.
+CHECKPOINT_LABELS = {"columns": "checkpoint", "tensors": "llama.cpp_checkpoint"}
 VERSIONED = ("mgptq-export", "mgptq-runtime", "torch", "transformers", "numpy", "onnx", "onnxruntime", "gguf")
 
 
@@ -54,6 +53,15 @@ class EvaluationText:
     path: Path
     window: int = 512
     windows: int = 30
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A quantized model in one layout, on disk."""
+
+    layout: Layout
+    checkpoint: Checkpoint
+    golden: GoldenVectors
 
 
 @contextmanager
@@ -139,17 +147,19 @@ def run(
     recipe: Recipe,
     targets: Sequence[str],
     *,
+    export_targets: bool = True,
     text: EvaluationText | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Quantize a model once and export it to all targets.
+    """Quantize a model, once for each layout of weights that the targets want, and export it.
 
     Args:
         model: a Hugging Face folder or hub id, or a GGUF file.
         out: the package's folder.
         targets: keys of :data:`mgptq_export.targets.TARGETS`.
+        export_targets: write the targets; otherwise the package only holds what :func:`export` makes them of.
         text: what to evaluate on; None to leave evaluation out.
         device: a torch device.
 
@@ -159,42 +169,39 @@ def run(
     Raises:
         MgptqError: see :mod:`mgptq_runtime.errors`; nothing is left behind.
     """
-    recipe = formats_for(recipe, targets)
+    layouts = _layouts_of(targets)
     with new_folder(out, overwrite) as folder:
         source = load_source(model, device=device, trust_remote_code=trust_remote_code)
         for target in targets:
             target_named(target).check_config(source.model.config)
+        for layout in layouts:
+            check_budget(source, recipe, layout)
         windows = _windows(source, text) if text else None
-        original = copy.deepcopy(source.model) if text else None
-        checkpoint, golden = _quantize_into(folder / CHECKPOINT_FOLDER, source, recipe)
-        _export_into(folder, checkpoint, golden, targets)
-        manifest = _write_manifest(folder, checkpoint, targets, None)
+        original = source.copy() if text else source
+        calibration = calibrate(source, recipe)
+        solved = _quantize_into(folder, source, calibration, recipe, layouts)
+        written = targets if export_targets else []
+        _export_into(folder, solved, written)
+        manifest = _write_manifest(folder, solved, written, None)
         if text and windows is not None:
-            quality = evaluate(windows, torch_scorer(original), _scorers(source, folder, targets))
-            manifest = _write_manifest(folder, checkpoint, targets, _evaluation_json(text, windows, quality))
+            quality = evaluate(windows, torch_scorer(original.model), _scorers(source, solved, folder, written))
+            manifest = _write_manifest(folder, solved, written, _evaluation_json(text, windows, quality))
         return manifest
 
 
-def quantize_to(
-    model: str,
-    out: Path,
-    recipe: Recipe,
-    *,
-    device: str = "cpu",
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Quantize a model into a package without targets; :func:`export` adds them. See :func:`run`."""
-    return run(model, out, recipe, [], device=device, overwrite=overwrite, trust_remote_code=trust_remote_code)
+def _layouts_of(targets: Sequence[str]) -> list[Layout]:
+    """The layouts that targets need, in the registry's order."""
+    wanted = {target_named(target).layout.name for target in targets}
+    return [layout for layout in LAYOUTS.values() if layout.name in wanted]
 
 
 def export(
     package: Path, targets: Sequence[str], out: Path | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Export the checkpoint of a package to targets, beside those that it has.
+    """Export a package's checkpoints to targets, beside those that it has.
 
     Args:
-        package: a folder written by :func:`run` or :func:`quantize_to`.
+        package: a folder written by :func:`run`.
         out: another folder for the result; None to extend ``package`` itself, which survives a failure unchanged.
 
     Returns:
@@ -203,54 +210,42 @@ def export(
     if out and out.resolve().is_relative_to(package.resolve()):
         raise BadInputError(f"{out} lies in the package itself; leave -o out to extend the package")
     known = read_manifest(package)
-    checkpoint = verified_checkpoint(package, known)
-    # What is taken over must be what was written: the new manifest would vouch for damage.
-    replaced = {CHECKPOINT_FOLDER, *(target_named(target).path for target in targets)}
-    _verify_files(package, [file for file in known["files"] if _top(file) not in replaced])
-    used = {segment.format for linear in checkpoint.model.linears() for segment in linear.segments}
     for target in targets:
-        missing = used - set(target_named(target).formats)
-        if missing:
-            raise BadInputError(f"target {target} cannot hold formats {', '.join(sorted(missing))}; quantize for it")
+        _check_solved_for(target, known, package)
+    solved = _read_solved(package, known)
+    # What is taken over must be what was written: the new manifest would vouch for damage.
+    replaced = {target_named(target).path for target in targets}
+    _verify_files(package, [file for file in known["files"] if _top(file) not in replaced])
     with new_folder(out or package, overwrite or out is None) as folder:
         shutil.copytree(package, folder, dirs_exist_ok=True)
         for target in targets:
             _remove(folder / target_named(target).path)
-        _export_into(folder, checkpoint, read_golden(package / CHECKPOINT_FOLDER / GOLDEN_FILE), targets)
+        _export_into(folder, solved, targets)
         every = [name for name in TARGETS if name in {*known["targets"], *targets}]
-        return _write_manifest(folder, checkpoint, every, known.get("evaluation"))
+        return _write_manifest(folder, solved, every, known.get("evaluation"))
+
+
+def _check_solved_for(target: str, manifest: dict[str, Any], package: Path) -> None:
+    layout = target_named(target).layout.name
+    if layout not in manifest["layouts"]:
+        raise BadInputError(
+            f"{package} was not quantized for target {target}, which takes other weights than "
+            f"{', '.join(manifest['layouts'])}; quantize the model again with --targets {target}"
+        )
 
 
 def evaluate_package(package: Path, model: str, text: EvaluationText, *, device: str = "cpu") -> dict[str, Any]:
-    """Compare a package's checkpoint and every backend that it runs on with the original model.
+    """Compare a package's checkpoints and every backend that it runs on with the original model.
 
     Returns:
         JSON values: the text and windows, and the quality by name (``original``, ``checkpoint``, ``numpy``, ...).
     """
     manifest = read_manifest(package)
-    checkpoint = verified_checkpoint(package, manifest)
+    solved = _read_solved(package, manifest)
     source = load_source(model, device=device)
     windows = _windows(source, text)
-    original = copy.deepcopy(source.model)
-    load_quantized_weights(source, checkpoint.model)
-    quality = evaluate(windows, torch_scorer(original), _scorers(source, package, manifest["targets"]))
-    return _evaluation_json(text, windows, quality)
-
-
-def formats_for(recipe: Recipe, targets: Sequence[str]) -> Recipe:
-    """The recipe with only those formats that every target holds.
-
-    Raises:
-        BadInputError: an unknown target, or targets with no format in common.
-    """
-    formats = recipe.formats
-    for target in targets:
-        formats = tuple(fmt for fmt in formats if fmt in target_named(target).formats)
-    if not formats:
-        raise BadInputError(
-            f"targets {', '.join(targets)} have none of the formats {', '.join(recipe.formats)} in common"
-        )
-    return replace(recipe, formats=formats)
+    scorers = _scorers(source, solved, package, manifest["targets"])
+    return _evaluation_json(text, windows, evaluate(windows, torch_scorer(source.model), scorers))
 
 
 def read_manifest(package: Path) -> dict[str, Any]:
@@ -268,6 +263,8 @@ def read_manifest(package: Path) -> dict[str, Any]:
         bits, files, targets = manifest["bits"], manifest["files"], manifest["targets"]
         if not (isinstance(bits["stored"], float) and "requested" in bits and isinstance(targets, list)):
             raise TypeError("bits or targets are not what this program writes")
+        if not (isinstance(manifest["layouts"], dict) and 0 < len(manifest["layouts"].keys() & LAYOUTS.keys())):
+            raise TypeError("layouts are not what this program writes")
         if not all(isinstance(file["path"], str) and file["sha256"] and file["bytes"] >= 0 for file in files):
             raise TypeError("files are not what this program writes")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -277,14 +274,25 @@ def read_manifest(package: Path) -> dict[str, Any]:
     return manifest
 
 
-def verified_checkpoint(package: Path, manifest: dict[str, Any]) -> Checkpoint:
-    """The checkpoint of a package, its files being those that the manifest lists.
+def verified_checkpoint(package: Path, manifest: dict[str, Any], layout: Layout) -> Checkpoint:
+    """A checkpoint of a package, its files being those that the manifest lists.
 
     Raises:
         PackageError: a file is missing or changed.
     """
-    _verify_files(package, [file for file in manifest["files"] if _top(file) == CHECKPOINT_FOLDER])
-    return read_checkpoint(package / CHECKPOINT_FOLDER)
+    _verify_files(package, [file for file in manifest["files"] if _top(file) == layout.folder])
+    return read_checkpoint(package / layout.folder)
+
+
+def _read_solved(package: Path, manifest: dict[str, Any]) -> list[Solved]:
+    """The checkpoints of a package, verified."""
+    return [
+        Solved(
+            layout, verified_checkpoint(package, manifest, layout), read_golden(package / layout.folder / GOLDEN_FILE)
+        )
+        for layout in LAYOUTS.values()
+        if layout.name in manifest["layouts"]
+    ]
 
 
 def _top(file: dict[str, Any]) -> str:
@@ -309,35 +317,49 @@ def _windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
     limit = source.model.config.max_position_embeddings
     if text.window > limit:
         raise BadInputError(f"a window of {text.window} tokens is beyond the model's context of {limit}; see --window")
-    return evaluation_windows(file_tokens(text.path, source.tokenizer), text.window, text.windows)
+    return evaluation_windows(file_tokens(text.path, source), text.window, text.windows)
 
 
-def _quantize_into(folder: Path, source: SourceModel, recipe: Recipe) -> tuple[Checkpoint, GoldenVectors]:
-    result = quantize(source, recipe)
-    checkpoint = write_checkpoint(
-        folder,
-        result.model,
-        name=source.name,
-        config=source.config,
-        recipe=recipe.to_json(),
-        tokenizer_folder=source.tokenizer_folder,
-    )
-    golden = make_golden(source.model, result.tokens)
-    write_golden(folder / GOLDEN_FILE, golden)
-    return checkpoint, golden
+def _quantize_into(
+    folder: Path, source: SourceModel, calibration: Calibration, recipe: Recipe, layouts: Sequence[Layout]
+) -> list[Solved]:
+    """Quantize a copy of the model for every layout; ``source`` stays as it is."""
+    solved = []
+    for layout in layouts:
+        working = source.copy()
+        result = quantize(working, recipe, layout, calibration)
+        checkpoint = write_checkpoint(
+            folder / layout.folder,
+            result.model,
+            name=source.name,
+            config=source.config,
+            recipe=recipe.to_json(),
+            tokenizer_folder=source.tokenizer_folder,
+        )
+        golden = make_golden(working.model, result.tokens)
+        write_golden(folder / layout.folder / GOLDEN_FILE, golden)
+        solved.append(Solved(layout, checkpoint, golden))
+    return solved
 
 
-def _export_into(folder: Path, checkpoint: Checkpoint, golden: GoldenVectors, targets: Sequence[str]) -> None:
+def _export_into(folder: Path, solved: Sequence[Solved], targets: Sequence[str]) -> None:
+    by_layout = {one.layout.name: one for one in solved}
     with track("Exporting", len(targets)) as advance:
-        for target in targets:
-            target_named(target).write(checkpoint, golden, folder / target_named(target).path)
+        for name in targets:
+            target = target_named(name)
+            one = by_layout[target.layout.name]
+            target.write(one.checkpoint, one.golden, folder / target.path)
             advance()
 
 
-def _scorers(source: SourceModel, package: Path, targets: Sequence[str]) -> dict[str, Scorer]:
-    """The quantized model in PyTorch, and what the package's exports compute."""
-    scorers = {"checkpoint": torch_scorer(source.model)}
-    if not targets:
+def _scorers(source: SourceModel, solved: Sequence[Solved], package: Path, targets: Sequence[str]) -> dict[str, Scorer]:
+    """The quantized models in PyTorch, and what the package's exports compute."""
+    scorers = {}
+    for one in solved:
+        working = source.copy()
+        load_quantized_weights(working, one.checkpoint.model)
+        scorers[CHECKPOINT_LABELS[one.layout.name]] = torch_scorer(working.model)
+    if not any(target_named(target).layout is COLUMNS for target in targets):
         return scorers
     opened = open_package(package)
     for name in opened.backends:
@@ -369,24 +391,29 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_manifest(
-    folder: Path, checkpoint: Checkpoint, targets: Sequence[str], evaluation: dict[str, Any] | None
-) -> dict[str, Any]:
-    quantization = checkpoint.config["quantization_config"]
+def _bits(checkpoint: Checkpoint) -> dict[str, Any]:
     model = checkpoint.model
+    return {
+        "requested": checkpoint.config["quantization_config"]["recipe"]["bits"],
+        "stored": model.bits_stored,
+        "linear_weights": model.linear_weights,
+        "weights_by_format": model.weights_by_format(),
+    }
+
+
+def _write_manifest(
+    folder: Path, solved: Sequence[Solved], targets: Sequence[str], evaluation: dict[str, Any] | None
+) -> dict[str, Any]:
+    first = solved[0].checkpoint
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
     manifest = {
         "format_version": MANIFEST_VERSION,
-        "name": checkpoint.name,
-        "family": model.family,
-        "bits": {
-            "requested": quantization["recipe"]["bits"],
-            "stored": model.bits_stored,
-            "linear_weights": model.linear_weights,
-            "weights_by_format": model.weights_by_format(),
-        },
+        "name": first.name,
+        "family": first.model.family,
+        "bits": _bits(first),
+        "layouts": {one.layout.name: {"folder": one.layout.folder, "bits": _bits(one.checkpoint)} for one in solved},
         "targets": list(targets),
-        "recipe": quantization["recipe"],
+        "recipe": first.config["quantization_config"]["recipe"],
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),

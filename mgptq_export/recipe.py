@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mgptq_runtime.errors import BadInputError
-from mgptq_runtime.formats import FORMATS
+from mgptq_runtime.formats import FORMATS, GGML_FORMATS
 
 __all__ = ["ALLOCATORS", "Recipe"]
 
@@ -15,7 +15,8 @@ ALLOCATORS = ("gnn", "hessian", "uniform")
 class Recipe:
     """Attributes:
     bits: stored bits per linear weight: codes, scales, padding and permutations.
-    formats: what the allocator may choose from.
+    formats: what the allocator may choose from for every block, in container and ONNX.
+    ggml_types: what it may choose from for every tensor, in llama.cpp's file.
     embedding_format: of the embedding and the head.
     allocator: ``gnn``, ``hessian`` or ``uniform``.
     calibration: ``self``, a file, or a hub data set.
@@ -28,6 +29,7 @@ class Recipe:
 
     bits: float = 2.5
     formats: tuple[str, ...] = tuple(FORMATS)
+    ggml_types: tuple[str, ...] = tuple(GGML_FORMATS)
     embedding_format: str = "b4"
     allocator: str = "gnn"
     calibration: str = "self"
@@ -54,4 +56,4 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
-        return {**asdict(self), "formats": list(self.formats)}
+        return {**asdict(self), "formats": list(self.formats), "ggml_types": list(self.ggml_types)}

@@ -22,8 +22,9 @@ import torch
 
 from mgptq_export.calibration import file_tokens
 from mgptq_export.evaluation import evaluation_windows
+from mgptq_export.layouts import COLUMNS, Calibration
 from mgptq_export.models import SourceModel, load_source
-from mgptq_export.quantize import Calibration, allocate, calibrate, round_to_nearest, solve
+from mgptq_export.quantize import calibrate, round_to_nearest, solve
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.progress import track
 
@@ -70,7 +71,7 @@ class Bench:
         self.recipe = Recipe(calibration=calibration)
         self.windows = {}
         for name, path in texts.items():
-            self.windows[name] = evaluation_windows(file_tokens(path, self.source.tokenizer), 512, windows)
+            self.windows[name] = evaluation_windows(file_tokens(path, self.source), 512, windows)
         self._seed: int | None = None
         self._calibration: Calibration | None = None
         self._ordered = self.original
@@ -115,8 +116,8 @@ class Bench:
             recipe = self._recipe(bits=row.bits, seed=row.seed, allocator="uniform", formats=(fmt,))
         else:
             recipe = self._recipe(bits=row.bits, seed=row.seed, allocator=row.method)
-        allocation, permuted = allocate(self.source, calibration, recipe)
-        return solve(self.source, calibration, allocation, permuted, recipe).bits_stored
+        allocated = COLUMNS.allocate(self.source, calibration, recipe)
+        return solve(self.source, calibration, allocated, recipe).bits_stored
 
     def perplexity(self, windows: torch.Tensor, name: str) -> float:
         """Over the second half of every window, given the first."""

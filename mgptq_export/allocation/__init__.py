@@ -1,13 +1,18 @@
 """Who gets how many bits."""
 
 from mgptq_export.allocation.baselines import allocate_by_hessian, allocate_uniformly
-from mgptq_export.allocation.problem import Allocation, AllocationProblem, LinearProblem
+from mgptq_export.allocation.linear import LinearProblem
+from mgptq_export.allocation.problem import Allocation, AllocationProblem, BlockProblem
+from mgptq_export.allocation.tensors import FileTensor, TensorProblem
 from mgptq_export.allocation.training import allocate_by_gnn
 
 __all__ = [
     "Allocation",
     "AllocationProblem",
+    "BlockProblem",
+    "FileTensor",
     "LinearProblem",
+    "TensorProblem",
     "allocate_by_gnn",
     "allocate_by_hessian",
     "allocate_uniformly",

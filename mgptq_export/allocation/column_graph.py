@@ -1,13 +1,12 @@
 """The graph perceptual module's input: columns as nodes, the Cholesky factor as edges (MG-PTQ, arXiv 2501.18154)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch_geometric.data import Batch, Data
 
-from mgptq_export.allocation.problem import LinearProblem
-from mgptq_runtime.formats import BLOCK_COLUMNS
+from mgptq_export.allocation.linear import LinearProblem
+from mgptq_export.allocation.problem import AllocationProblem
 
 __all__ = ["FEATURES", "ColumnGraph", "build_graphs"]
 
@@ -23,40 +22,38 @@ class ColumnGraph:
         features: float32 [nodes, FEATURES], independent of the model's size.
         edge_index: int64 [2, edges], from neighbour to column.
         edge_weight: float32 [edges], 0 to 1.
-        block_of_node: int64 [nodes], the allocation unit that a column belongs to.
-        units: number of allocation units (blocks of all linears).
+        unit_of_node: int64 [nodes], the allocation unit that a column belongs to.
+        units: number of allocation units.
     """
 
     features: torch.Tensor
     edge_index: torch.Tensor
     edge_weight: torch.Tensor
-    block_of_node: torch.Tensor
+    unit_of_node: torch.Tensor
     units: int
 
 
-def build_graphs(linears: Sequence[LinearProblem]) -> ColumnGraph:
+def build_graphs(problem: AllocationProblem) -> ColumnGraph:
     """Build every linear's column graph; linears of one input group share edges, and differ in their features."""
     graphs, edges_of_factor = [], {}
-    first_unit = 0
+    linears = problem.linears
     sensitivities = torch.stack([linear.sensitivity.mean().clamp_min(1e-30).log() for linear in linears])
     centre, spread = sensitivities.mean(), sensitivities.std().clamp_min(1e-3) if len(linears) > 1 else 1.0
-    for linear, sensitivity in zip(linears, sensitivities, strict=True):
+    for i, (linear, sensitivity) in enumerate(zip(linears, sensitivities, strict=True)):
         key = id(linear.factor)
         if key not in edges_of_factor:
             edges_of_factor[key] = strongest_edges(linear.factor.upper, NEIGHBOURS)
         edge_index, edge_weight = edges_of_factor[key]
-        columns = linear.weight.shape[1]
         graphs.append(
             Data(
                 x=node_features(linear, (sensitivity - centre) / spread).cpu(),
                 edge_index=edge_index.cpu(),
                 edge_weight=edge_weight.cpu(),
-                block=torch.arange(columns) // BLOCK_COLUMNS + first_unit,
+                unit=problem.unit_of_columns(i),
             )
         )
-        first_unit += linear.blocks
     batch = Batch.from_data_list(graphs)
-    return ColumnGraph(batch.x, batch.edge_index, batch.edge_weight, batch.block, first_unit)
+    return ColumnGraph(batch.x, batch.edge_index, batch.edge_weight, batch.unit, len(problem.weights()))
 
 
 def strongest_edges(upper: torch.Tensor, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,8 +16,8 @@ class AllocatorNetwork(nn.Module):
     """Graph perceptual module and bit-width allocator.
 
     Two graph convolutions over the weighted column graph embed every column. The allocator reads each column's
-    embedding together with what its block is estimated to lose in each format, and answers with a logit per
-    format; a block's logits are the mean of its columns'. They correct the logarithm of the estimate, so an
+    embedding together with what its unit is estimated to lose in each format, and answers with a logit per
+    format; a unit's logits are the mean of its columns'. They correct the logarithm of the estimate, so an
     untrained network allocates as the estimate says.
     """
 
@@ -41,6 +41,6 @@ class AllocatorNetwork(nn.Module):
         """
         columns = torch.nn.functional.silu(self.first(graph.features, graph.edge_index, graph.edge_weight))
         columns = torch.nn.functional.silu(self.second(columns, graph.edge_index, graph.edge_weight))
-        columns = torch.cat([columns, log_costs[graph.block_of_node]], dim=1)
-        logits = scatter(self.allocator(columns), graph.block_of_node, dim=0, dim_size=graph.units, reduce="mean")
+        columns = torch.cat([columns, log_costs[graph.unit_of_node]], dim=1)
+        logits = scatter(self.allocator(columns), graph.unit_of_node, dim=0, dim_size=graph.units, reduce="mean")
         return LARGEST_CORRECTION * torch.tanh(logits / LARGEST_CORRECTION)

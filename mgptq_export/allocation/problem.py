@@ -1,77 +1,119 @@
-"""The allocation problem: every 64-column block of every linear wants bits, and one budget feeds them all."""
+"""The allocation problem: one budget, and units that want bits of it.
+
+A unit is what gets a format of its own: a 64-column block of a linear, or a whole tensor (see
+:mod:`mgptq_export.allocation.tensors`).
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from mgptq_export.solver import InverseFactor, column_importance, grid_of, pad_columns, search_scales
-from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
+from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
+from mgptq_export.allocation.rollout import Rollout
+from mgptq_export.solver import grid_of, search_scales
+from mgptq_runtime.formats import BLOCK_COLUMNS
 from mgptq_runtime.progress import track
 
-__all__ = ["Allocation", "AllocationProblem", "LinearProblem"]
+__all__ = ["Allocation", "AllocationProblem", "BlockProblem"]
 
 Allocation = dict[str, tuple[str, ...]]
-"""The format of every block, by linear."""
+"""The format of every block, by linear; a single one where the whole linear has it."""
 
 COST_CANDIDATES = 6
-LARGE_ERROR_FACTOR = 5.0
+
+
+class ErrorSource(Protocol):
+    """Runs the solver on samples."""
+
+    def errors(self, choice: torch.Tensor) -> torch.Tensor:
+        """What every unit would lose in every format, int64 [units] being chosen: float64 [units, formats]."""
+        ...
+
+
+class AllocationProblem(Protocol):
+    """What the allocators need of a problem."""
+
+    @property
+    def linears(self) -> Sequence[LinearProblem]:
+        """All that compete, in forward order."""
+        ...
+
+    @property
+    def budget(self) -> int:
+        """Bits that all units together may take."""
+        ...
+
+    def weights(self) -> torch.Tensor:
+        """Weights of every unit, padding included: int64 [units]."""
+        ...
+
+    def sizes(self) -> torch.Tensor:
+        """Stored bits of every unit in every format: int64 [units, formats]."""
+        ...
+
+    def costs(self) -> torch.Tensor:
+        """Estimated increase of the model's loss by every unit in every format: float64 [units, formats]."""
+        ...
+
+    def positions(self) -> torch.Tensor:
+        """Where a unit lies, 0 to 1, for upgrades that nothing else puts in order: float32 [units]."""
+        ...
+
+    def unit_of_columns(self, linear: int) -> torch.Tensor:
+        """The unit that each column of a linear belongs to: int64 [columns]."""
+        ...
+
+    def rollout(self, rows: int, generator: torch.Generator) -> ErrorSource:
+        """The solver on so many rows of every linear, drawn by ``generator``."""
+        ...
+
+    def allocation(self, choice: torch.Tensor) -> Allocation:
+        """Name the chosen formats, int64 [units]."""
+        ...
+
+    def stored_bits(self, allocation: Allocation) -> int:
+        """Bits that all units take."""
+        ...
 
 
 @dataclass(frozen=True)
-class LinearProblem:
-    """One linear of the allocation problem.
+class BlockProblem:
+    """Every 64-column block of every linear is a unit.
 
     Attributes:
-        name: ``blk.0.attn_q``.
-        layer, layers: position in the model.
-        weight: float32 [rows, columns], columns permuted.
-        factor: of the group's permuted Hessian; the same object for all linears of the group.
-        sensitivity: float32 [rows], how much the model's loss minds an error of each output.
-    """
-
-    name: str
-    layer: int
-    layers: int
-    weight: torch.Tensor
-    factor: InverseFactor
-    sensitivity: torch.Tensor
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def blocks(self) -> int:
-        return padded_columns(self.weight.shape[1]) // BLOCK_COLUMNS
-
-    def block_bits(self, fmt: str) -> int:
-        """Stored bits of one block of 64 columns, all rows."""
-        return self.rows * FORMATS[fmt].block_bytes * 8
-
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weight [rows, padded], factor [padded, padded] and column importance [padded]: float32, not to be changed."""
-        weight, upper = pad_columns(self.weight, self.factor.upper)
-        return weight, upper, column_importance(upper, self.weight.shape[1])
-
-
-@dataclass(frozen=True)
-class AllocationProblem:
-    """Attributes:
-    linears: all that compete, in forward order.
-    formats: what may be chosen, fewest bits first.
-    budget: bits that all blocks together may take, permutations already subtracted.
+        linears: all that compete, in forward order, columns permuted.
+        formats: what may be chosen, fewest bits first.
+        budget: bits that all blocks together may take, permutations already subtracted.
     """
 
     linears: Sequence[LinearProblem]
     formats: tuple[str, ...]
     budget: int
 
-    def block_sizes(self) -> torch.Tensor:
+    def weights(self) -> torch.Tensor:
+        """Weights of every block, padding included: int64 [units]."""
+        return torch.cat([torch.full((linear.blocks,), linear.rows * BLOCK_COLUMNS) for linear in self.linears])
+
+    def sizes(self) -> torch.Tensor:
         """Stored bits of every block in every format: int64 [units, formats], blocks of a linear adjacent."""
         return torch.tensor(
             [[linear.block_bits(fmt) for fmt in self.formats] for linear in self.linears for _ in range(linear.blocks)]
         )
+
+    def positions(self) -> torch.Tensor:
+        """Where along its linear a block lies, 0 to 1: float32 [units]."""
+        return torch.cat([(torch.arange(linear.blocks) + 0.5) / linear.blocks for linear in self.linears])
+
+    def unit_of_columns(self, linear: int) -> torch.Tensor:
+        """The block that each column of a linear belongs to: int64 [columns]."""
+        first = sum(before.blocks for before in self.linears[:linear])
+        return torch.arange(self.linears[linear].weight.shape[1]) // BLOCK_COLUMNS + first
+
+    def rollout(self, rows: int, generator: torch.Generator) -> Rollout:
+        """The solver on so many rows of every linear, drawn by ``generator``."""
+        return Rollout(self.linears, self.formats, self.energies(), rows, generator)
 
     def split(self, units: torch.Tensor) -> Iterator[tuple[LinearProblem, torch.Tensor]]:
         """Cut a tensor [units, ...] into one [blocks, ...] per linear."""
@@ -119,16 +161,3 @@ class AllocationProblem:
                 table.append(weighted.sum(0).cpu())
                 advance()
         return beyond_quadratic(torch.cat(table), self.energies())
-
-
-def beyond_quadratic(errors: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:
-    """Correct quadratic estimates for errors that are large beside the block itself.
-
-    The Fisher information is the curvature at the original weights; the further a block is moved, the more the loss
-    exceeds it. Measured on a development text, this factor makes one-bit blocks as rare as they should be.
-
-    Args:
-        errors: float64 [units, formats].
-        energies: float64 [units], see :meth:`AllocationProblem.energies`.
-    """
-    return errors * (1.0 + LARGE_ERROR_FACTOR * errors / energies.clamp_min(1e-300)[:, None])

@@ -3,11 +3,12 @@
 Rows are solved independently of one another, so a sample of them estimates a linear's error without bias.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mgptq_export.allocation.problem import AllocationProblem, beyond_quadratic
+from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
 from mgptq_export.solver import grid_of, search_scales
 from mgptq_runtime.formats import BLOCK_COLUMNS
 
@@ -32,18 +33,26 @@ class Rollout:
     """Runs the solver on row samples under given formats.
 
     Args:
-        problem: whose linears to run.
+        linears, formats: of the problem.
+        energies: float64 [units], see :meth:`BlockProblem.energies`.
         rows: sampled from every linear at each run.
         generator: draws the rows.
     """
 
-    def __init__(self, problem: AllocationProblem, rows: int, generator: torch.Generator) -> None:
-        self._formats = problem.formats
+    def __init__(
+        self,
+        linears: Sequence[LinearProblem],
+        formats: tuple[str, ...],
+        energies: torch.Tensor,
+        rows: int,
+        generator: torch.Generator,
+    ) -> None:
+        self._formats = formats
         self._rows = rows
         self._generator = generator
-        self._energies = problem.energies()
-        self._units = sum(linear.blocks for linear in problem.linears)
-        self._stacks = [_stack(problem, width) for width in sorted({x.weight.shape[1] for x in problem.linears})]
+        self._energies = energies
+        self._units = sum(linear.blocks for linear in linears)
+        self._stacks = [_stack(linears, width) for width in sorted({x.weight.shape[1] for x in linears})]
 
     def errors(self, choice: torch.Tensor) -> torch.Tensor:
         """What every block would lose in every format, the blocks before it being quantized as chosen.
@@ -52,7 +61,7 @@ class Rollout:
             choice: int64 [units], the formats under which errors are compensated.
 
         Returns:
-            float64 [units, formats], on the scale of :meth:`AllocationProblem.costs`.
+            float64 [units, formats], on the scale of :meth:`BlockProblem.costs`.
         """
         result = torch.zeros(self._units, len(self._formats), dtype=torch.float64)
         for stack in self._stacks:
@@ -115,7 +124,7 @@ def _solve_block(
     return errors.permute(1, 2, 0)
 
 
-def _stack(problem: AllocationProblem, width: int) -> _Stack:
+def _stack(linears: Sequence[LinearProblem], width: int) -> _Stack:
     units: list[torch.Tensor] = []
     factor_of: list[int] = []
     uppers: list[torch.Tensor] = []
@@ -124,7 +133,7 @@ def _stack(problem: AllocationProblem, width: int) -> _Stack:
     sensitivities: list[torch.Tensor] = []
     known: dict[int, int] = {}
     first = 0
-    for linear in problem.linears:
+    for linear in linears:
         if linear.weight.shape[1] == width:
             weight, upper, columns = linear.padded()
             if id(linear.factor) not in known:

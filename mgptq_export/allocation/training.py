@@ -9,9 +9,7 @@ from mgptq_export.allocation.budget import cheapest_within, price_for
 from mgptq_export.allocation.column_graph import build_graphs
 from mgptq_export.allocation.network import AllocatorNetwork
 from mgptq_export.allocation.problem import Allocation, AllocationProblem
-from mgptq_export.allocation.rollout import Rollout
 from mgptq_runtime.errors import NumericalError
-from mgptq_runtime.formats import FORMATS
 from mgptq_runtime.progress import track
 
 __all__ = ["allocate_by_gnn"]
@@ -45,23 +43,23 @@ def allocate_by_gnn(problem: AllocationProblem, steps: int, seed: int) -> Alloca
         NumericalError: a score became NaN or infinite.
     """
     generator = torch.Generator().manual_seed(seed)
-    costs, sizes = problem.costs(), problem.block_sizes()
+    costs, sizes = problem.costs(), problem.sizes()
     if int(sizes.max(1).values.sum()) <= problem.budget:  # enough for all: nothing competes, and bits have no price
         return problem.allocation(cheapest_within(costs, sizes, problem.budget))
     reference = price_for(costs, sizes, problem.budget)
-    bits_per_weight = torch.tensor([FORMATS[fmt].bits_per_weight for fmt in problem.formats]).double()
+    weights = problem.weights()[:, None].double()
     log_costs = _normalized(costs, sizes, reference)
-    graph = build_graphs(problem.linears)
-    rollout = Rollout(problem, ROWS_PER_LINEAR, generator)
+    graph = build_graphs(problem)
+    rollout = problem.rollout(ROWS_PER_LINEAR, generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = AllocatorNetwork(len(problem.formats))
+        network = AllocatorNetwork(sizes.shape[1])
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     with track("Training the allocator", steps) as advance:
         for _ in range(steps):
             corrected = costs * network(graph, log_costs).double().exp()
-            assignment = _draw(corrected, sizes, bits_per_weight, problem.budget, generator)
+            assignment = _draw(corrected, sizes, weights, problem.budget, generator)
             errors = rollout.errors(assignment.hard)
             loss = _lagrangian(assignment.soft, errors, sizes, reference, problem.budget)
             if not torch.isfinite(loss):
@@ -85,14 +83,13 @@ def _normalized(costs: torch.Tensor, sizes: torch.Tensor, price: float) -> torch
 
 
 def _draw(
-    costs: torch.Tensor, sizes: torch.Tensor, bits_per_weight: torch.Tensor, budget: int, generator: torch.Generator
+    costs: torch.Tensor, sizes: torch.Tensor, weights: torch.Tensor, budget: int, generator: torch.Generator
 ) -> _Assignment:
     """Draw an assignment from the network's costs, priced to meet the budget."""
     detached = costs.detach()
     price = price_for(detached, sizes, budget)
     # In bits per weight: what a format's loss is worth, and what the format takes of the budget.
-    weights = sizes[:, :1] / bits_per_weight[:1]
-    logits = -(costs / (price * weights) + bits_per_weight) / TEMPERATURE_BITS
+    logits = -(costs / (price * weights) + sizes / weights) / TEMPERATURE_BITS
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()
     probabilities = torch.softmax(logits, -1)
     hard = (logits.detach() + noise).argmax(-1)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
@@ -16,16 +15,29 @@ __all__ = ["calibration_tokens", "file_tokens"]
 TEXT_SUFFIXES = (".txt", ".jsonl")
 
 
-def file_tokens(path: Path, tokenizer: Tokenizer) -> list[int]:
+def file_tokens(path: Path, source: SourceModel) -> list[int]:
     """Tokens of a text file as the runtime reads it: documents joined by a blank line, tokenized once, none special.
 
     Raises:
-        BadInputError: a file that cannot be read, or holds no text.
+        BadInputError: a file that cannot be read, or holds no text; a model without a tokenizer, or with another's.
     """
     text = read_text(path)
     if not text.strip():
         raise BadInputError(f"{path} holds no text")
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    return _tokens(text, source)
+
+
+def _tokens(text: str, source: SourceModel) -> list[int]:
+    if source.tokenizer is None:
+        raise BadInputError(f"{source.source} has no tokenizer, so it cannot read text")
+    ids = source.tokenizer.encode(text, add_special_tokens=False).ids
+    vocabulary = source.model.config.vocab_size
+    if max(ids, default=0) >= vocabulary:
+        raise BadInputError(
+            f"the tokenizer of {source.source} gives token {max(ids)}, the model's vocabulary is 0 to {vocabulary - 1}; "
+            "take the tokenizer of this model"
+        )
+    return ids
 
 
 def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
@@ -45,10 +57,9 @@ def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
         raise BadInputError(f"{source.source} has no tokenizer to calibrate with text; use --calibration self")
     path = Path(recipe.calibration)
     if path.exists() or path.suffix in TEXT_SUFFIXES:
-        tokens = torch.tensor(file_tokens(path, source.tokenizer))
+        tokens = torch.tensor(file_tokens(path, source))
     else:
-        text = "\n\n".join(_hub_documents(recipe.calibration))
-        tokens = torch.tensor(source.tokenizer.encode(text, add_special_tokens=False).ids)
+        tokens = torch.tensor(_tokens("\n\n".join(_hub_documents(recipe.calibration)), source))
     chunks = tokens.numel() // recipe.sequence_length
     if chunks < recipe.samples:
         raise CalibrationError(

@@ -1,4 +1,4 @@
-"""Export targets: what each can hold, and who writes it."""
+"""Export targets: how each wants its weights laid out, and who writes it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mgptq_export.checkpoint import Checkpoint
+from mgptq_export.layouts import COLUMNS, TENSORS, Layout
 from mgptq_export.targets.container import write_container
+from mgptq_export.targets.llama_cpp import check_llama_cpp_config, write_llama_cpp
 from mgptq_export.targets.onnx import export_onnx
 from mgptq_export.targets.onnx.builder_graph import check_onnx_config
 from mgptq_runtime.errors import BadInputError
-from mgptq_runtime.formats import FORMATS
 from mgptq_runtime.golden import GoldenVectors
 from mgptq_runtime.package import CONTAINER_FILE, ONNX_FOLDER
 
@@ -20,21 +21,22 @@ __all__ = ["TARGETS", "Target", "target_named"]
 @dataclass(frozen=True)
 class Target:
     """Attributes:
-    formats: storage formats that it holds, each for any run of 64-column blocks.
+    layout: of the weights that it takes; targets of one layout share one solution.
     path: the file or folder in the package.
     write: writes it, whole or not at all.
     check_config: raises UnsupportedModelError for a transformers configuration that it cannot hold.
     """
 
-    formats: tuple[str, ...]
+    layout: Layout
     path: str
     write: Callable[[Checkpoint, GoldenVectors, Path], None]
     check_config: Callable[[Any], None] = lambda config: None
 
 
 TARGETS: dict[str, Target] = {
-    "container": Target(tuple(FORMATS), CONTAINER_FILE, write_container),
-    "onnx": Target(tuple(FORMATS), ONNX_FOLDER, export_onnx, check_onnx_config),
+    "container": Target(COLUMNS, CONTAINER_FILE, write_container),
+    "onnx": Target(COLUMNS, ONNX_FOLDER, export_onnx, check_onnx_config),
+    "llama.cpp": Target(TENSORS, "llama.cpp", write_llama_cpp, check_llama_cpp_config),
 }
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from mgptq_export.allocation import (
-    AllocationProblem,
+    BlockProblem,
     LinearProblem,
     allocate_by_gnn,
     allocate_by_hessian,
     allocate_uniformly,
-    rollout,
 )
-from mgptq_export.allocation import problem as problem_module
+from mgptq_export.allocation import linear as linear_module
+from mgptq_export.allocation import rollout
 from mgptq_export.allocation.budget import cheapest_within, price_for
 from mgptq_export.allocation.column_graph import FEATURES, build_graphs, strongest_edges
 from mgptq_export.allocation.network import AllocatorNetwork
@@ -49,8 +49,8 @@ def linears() -> list[LinearProblem]:
     ]
 
 
-def problem_of(linears: list[LinearProblem], bits: float, formats: tuple[str, ...] = ALL_FORMATS) -> AllocationProblem:
-    return AllocationProblem(linears, formats, int(bits * sum(x.rows * x.blocks * BLOCK_COLUMNS for x in linears)))
+def problem_of(linears: list[LinearProblem], bits: float, formats: tuple[str, ...] = ALL_FORMATS) -> BlockProblem:
+    return BlockProblem(linears, formats, int(bits * sum(x.rows * x.blocks * BLOCK_COLUMNS for x in linears)))
 
 
 def bits_of(allocation: dict[str, tuple[str, ...]], linears: list[LinearProblem]) -> int:
@@ -61,8 +61,7 @@ def bits_of(allocation: dict[str, tuple[str, ...]], linears: list[LinearProblem]
 @pytest.fixture(autouse=True)
 def _quick_and_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Constants of the method that are tuned on real models have neutral values here."""
-    monkeypatch.setattr(problem_module, "LARGE_ERROR_FACTOR", 0.0, raising=False)
-    monkeypatch.setattr(problem_module, "SENSITIVITY_EXPONENT", 1.0, raising=False)
+    monkeypatch.setattr(linear_module, "LARGE_ERROR_FACTOR", 0.0, raising=False)
 
 
 # Choosing under a budget
@@ -258,7 +257,7 @@ def test_edges_join_the_columns_that_compensate_for_one_another():
 
 
 def test_linears_of_one_group_share_edges_and_stay_apart(linears):
-    graph = build_graphs(linears)
+    graph = build_graphs(problem_of(linears, 2.5))
     columns = [linear.weight.shape[1] for linear in linears]
     assert graph.features.shape == (sum(columns), FEATURES)
     assert torch.isfinite(graph.features).all()
@@ -268,7 +267,7 @@ def test_linears_of_one_group_share_edges_and_stay_apart(linears):
     first, second = (graph.edge_index[:, linear_of_node[target] == i] for i in (0, 1))
     assert torch.equal(first, second - 256)
     assert graph.units == sum(linear.blocks for linear in linears)
-    per_unit = torch.bincount(graph.block_of_node, minlength=graph.units).tolist()
+    per_unit = torch.bincount(graph.unit_of_node, minlength=graph.units).tolist()
     assert per_unit == [64] * 4 + [64] * 4 + [64, 64, 64, 8] + [64] * 4 + [64, 64, 64, 8]
 
 
@@ -279,7 +278,7 @@ def test_one_network_runs_on_models_of_any_size():
         torch.nn.init.normal_(parameter, std=0.3)
     for columns in (64, 200, 640):
         linears = [random_linear(f"blk.{i}.x", i, 8, columns, i) for i in range(2)]
-        graph = build_graphs(linears)
+        graph = build_graphs(problem_of(linears, 2.5))
         log_costs = torch.randn(graph.units, 5, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             logits = network(graph, log_costs)
@@ -289,7 +288,9 @@ def test_one_network_runs_on_models_of_any_size():
 def test_features_do_not_depend_on_the_scale_of_weights_and_activations():
     linear = random_linear("blk.0.x", 0, 32, 192, 7)
     louder = replace(linear, weight=1000 * linear.weight, factor=replace(linear.factor, upper=linear.factor.upper / 50))
-    assert torch.allclose(build_graphs([linear]).features, build_graphs([louder]).features, atol=1e-4)
+    assert torch.allclose(
+        build_graphs(problem_of([linear], 2.5)).features, build_graphs(problem_of([louder], 2.5)).features, atol=1e-4
+    )
 
 
 # The training signal
@@ -303,7 +304,7 @@ def identical_rows(columns: int = 192) -> LinearProblem:
 
 def errors_of(linear: LinearProblem, choice: list[int], formats: tuple[str, ...]) -> torch.Tensor:
     problem = problem_of([linear], 4.0, formats)
-    return rollout.Rollout(problem, 5, torch.Generator().manual_seed(0)).errors(torch.tensor(choice))
+    return problem.rollout(5, torch.Generator().manual_seed(0)).errors(torch.tensor(choice))
 
 
 def expected_error(linear: LinearProblem, weight: torch.Tensor, block: int, fmt: str) -> float:
@@ -350,9 +351,9 @@ def test_linears_of_different_widths_keep_their_own_errors(linears):
     same = [replace(x, weight=x.weight[:1].expand(x.rows, -1).clone(), sensitivity=torch.ones(x.rows)) for x in linears]
     units = sum(x.blocks for x in same)
     choice = torch.randint(5, (units,), generator=torch.Generator().manual_seed(4))
-    together = rollout.Rollout(problem_of(same, 3.0), 3, torch.Generator()).errors(choice)
+    together = problem_of(same, 3.0).rollout(3, torch.Generator()).errors(choice)
     for linear, chosen, errors in zip(
         same, choice.split([x.blocks for x in same]), together.split([x.blocks for x in same]), strict=True
     ):
-        alone = rollout.Rollout(problem_of([linear], 3.0), 3, torch.Generator()).errors(chosen)
+        alone = problem_of([linear], 3.0).rollout(3, torch.Generator()).errors(chosen)
         assert torch.allclose(errors, alone, rtol=1e-3)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import tiny_models
 import torch
 from conftest import RECIPE
 
@@ -127,7 +128,7 @@ def test_self_calibration_never_writes_an_end_of_text_that_the_model_insists_on(
 def test_text_calibration_is_cut_from_the_text(source, text_file):
     recipe = replace(RECIPE, calibration=str(text_file), samples=5, sequence_length=32)
     tokens = calibration_tokens(source, recipe)
-    whole = file_tokens(text_file, source.tokenizer)
+    whole = file_tokens(text_file, source)
     chunks = {tuple(whole[i : i + 32]) for i in range(0, len(whole) - 31, 32)}
     assert tokens.shape == (5, 32)
     assert {tuple(sample.tolist()) for sample in tokens} <= chunks
@@ -138,7 +139,7 @@ def test_text_calibration_is_cut_from_the_text(source, text_file):
 def test_text_too_short_says_how_much_there_is_and_how_much_is_needed(source, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("A few words only.")
-    available = len(file_tokens(path, source.tokenizer))
+    available = len(file_tokens(path, source))
     recipe = replace(RECIPE, calibration=str(path), samples=3, sequence_length=50)
     with pytest.raises(CalibrationError, match=rf"gives {available} tokens; .* need 150\b"):
         calibration_tokens(source, recipe)
@@ -160,7 +161,7 @@ def test_tokens_of_a_file_are_those_of_its_joined_documents_without_special_ones
     path = tmp_path / "two.jsonl"
     path.write_text(json.dumps({"text": "First é."}) + "\n\n" + json.dumps({"text": "Second."}) + "\n")
     expected = source.tokenizer.encode("First é.\n\nSecond.", add_special_tokens=False).ids
-    assert file_tokens(path, source.tokenizer) == expected
+    assert file_tokens(path, source) == expected
 
 
 @pytest.mark.parametrize(
@@ -182,4 +183,12 @@ def test_unusable_text_files_are_refused(source, tmp_path, name, content, messag
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(BadInputError, match=message):
-        file_tokens(path, source.tokenizer)
+        file_tokens(path, source)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    folder = tiny_models.write_llama(tmp_path / "model")
+    tiny_models.write_tokenizer(folder, 400)
+    (tmp_path / "text.txt").write_text(tiny_models.text(20_000))
+    with pytest.raises(BadInputError, match="the model's vocabulary is 0 to 330"):
+        file_tokens(tmp_path / "text.txt", load_source(str(folder)))

@@ -76,7 +76,7 @@ def test_run_prints_files_and_stored_bits(even_model, tmp_path):
     result = invoke("run", even_model, "-o", tmp_path / "out", "--targets", "container", *options, *QUICK)
     assert result.exit_code == 0, result.output
     assert "model.mgptq.gguf" in result.stdout
-    assert "stored bits per weight: 2." in result.stdout and "(asked 2.5)" in result.stdout
+    assert "stored bits per weight, columns layout: 2." in result.stdout and "(asked 2.5)" in result.stdout
     assert "perplexity" in result.stdout and "checkpoint" in result.stdout
 
 
@@ -101,7 +101,7 @@ def test_inspect_shows_every_kind_of_linear(made):
     found = invoke_json("inspect", made)
     assert found["manifest"]["bits"]["requested"] == 2.5
     shown = invoke("inspect", made).stdout
-    for kind in found["kinds"]:
+    for kind in found["layouts"]["columns"]["kinds"]:
         assert kind in shown
 
 
@@ -163,7 +163,7 @@ def test_help_and_wrong_usage_import_no_torch():
         ["run", "model", "-o", "out", "--samples", "0"],
         ["run", "model", "-o", "out", "--allocator", "best"],
         ["run", "model", "-o", "out", "--window", "1"],
-        ["quantize", "model", "-o", "out", "--targets", "container"],
+        ["quantize", "model", "-o", "out", "--targets", "tpu"],
         ["eval", "package", "--text", "x.txt"],
         ["plan", "model", "--embedding-format", "b1"],
     ],

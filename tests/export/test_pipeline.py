@@ -17,14 +17,15 @@ from transformers import LlamaForCausalLM
 from mgptq_export import pipeline
 from mgptq_export.checkpoint import read_checkpoint
 from mgptq_export.evaluation import evaluate, evaluation_windows
-from mgptq_export.inspection import inspect_package, plan_model
+from mgptq_export.inspection import inspect_package
+from mgptq_export.layouts import COLUMNS
 from mgptq_export.models import load_source
+from mgptq_export.planning import plan_model
 from mgptq_export.targets import TARGETS, Target
 from mgptq_export.targets.onnx import read_onnx_weights
 from mgptq_runtime.check import check_backend
 from mgptq_runtime.container import read_container
 from mgptq_runtime.errors import BadInputError, BudgetError, MgptqError, OutputExistsError, PackageError
-from mgptq_runtime.formats import FORMATS
 from mgptq_runtime.package import open_package
 from mgptq_runtime.perplexity import measure_perplexity, read_text
 
@@ -141,7 +142,7 @@ def failing(error: Exception) -> Target:
         path.write_bytes(b"half")
         raise error
 
-    return Target(tuple(FORMATS), "model.mgptq.gguf", write)
+    return Target(COLUMNS, "model.mgptq.gguf", write)
 
 
 QUICK = replace(RECIPE, allocator="uniform", samples=1, sequence_length=16, sensitivity_samples=1)
@@ -204,7 +205,7 @@ def test_the_old_package_returns_when_the_new_one_cannot_take_its_place(even_mod
 
     monkeypatch.setattr(Path, "rename", rename_unless_last)
     with pytest.raises((MgptqError, KeyboardInterrupt)):
-        pipeline.run(str(even_model), copied, QUICK, [], overwrite=True)
+        pipeline.run(str(even_model), copied, QUICK, BOTH, export_targets=False, overwrite=True)
     assert contents(copied) == before
     assert list(copied.parent.iterdir()) == [copied]
 
@@ -237,13 +238,13 @@ def test_what_appears_meanwhile_is_not_replaced_unasked(even_model, tmp_path, mo
 
     monkeypatch.setattr(pipeline, "_write_manifest", write_late)
     with pytest.raises(BadInputError, match="failed"):
-        pipeline.run(str(even_model), tmp_path / "out", QUICK, [])
+        pipeline.run(str(even_model), tmp_path / "out", QUICK, BOTH, export_targets=False)
     assert contents(tmp_path) == {"out/precious": b"x"}
 
 
 def test_an_empty_folder_may_be_filled(even_model, tmp_path):
     (tmp_path / "out").mkdir()
-    pipeline.run(str(even_model), tmp_path / "out", QUICK, [], overwrite=True)
+    pipeline.run(str(even_model), tmp_path / "out", QUICK, BOTH, export_targets=False, overwrite=True)
     assert (tmp_path / "out/manifest.json").is_file()
 
 
@@ -259,13 +260,6 @@ def test_an_unknown_target_is_refused_before_anything_runs(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_formats_that_a_target_cannot_hold_are_not_allocated(even_model, tmp_path, monkeypatch):
-    narrow = replace(TARGETS["container"], formats=("b2", "b3"))
-    monkeypatch.setitem(TARGETS, "container", narrow)
-    pipeline.run(str(even_model), tmp_path / "out", QUICK, ["container", "onnx"])
-    assert set(inspect_package(tmp_path / "out")["manifest"]["bits"]["weights_by_format"]) <= {"b2", "b3"}
-
-
 # Export
 
 
@@ -273,7 +267,7 @@ def test_formats_that_a_target_cannot_hold_are_not_allocated(even_model, tmp_pat
 def bare(even_model, tmp_path_factory) -> Path:
     """A package without targets. Tests only read it."""
     folder = tmp_path_factory.mktemp("bare") / "package"
-    pipeline.quantize_to(str(even_model), folder, RECIPE)
+    pipeline.run(str(even_model), folder, RECIPE, BOTH, export_targets=False)
     return folder
 
 
@@ -325,10 +319,9 @@ def test_export_of_no_package_is_refused(tmp_path):
         pipeline.export(tmp_path, ["container"])
 
 
-def test_export_to_a_target_that_cannot_hold_the_formats_is_refused(bare, monkeypatch):
-    monkeypatch.setitem(TARGETS, "container", replace(TARGETS["container"], formats=("b8",)))
-    with pytest.raises(BadInputError, match=r"container cannot hold formats .*b4"):
-        pipeline.export(bare, ["container"])
+def test_export_to_a_target_that_takes_other_weights_is_refused(bare):
+    with pytest.raises(BadInputError, match=r"not quantized for target llama\.cpp.*--targets llama\.cpp"):
+        pipeline.export(bare, ["llama.cpp"])
 
 
 @pytest.fixture
@@ -439,7 +432,8 @@ def test_inspect_counts_every_weight_once(package):
     found = inspect_package(package.folder)
     assert found["manifest"] == package.manifest
     model = read_checkpoint(package.folder / "quantized").model
-    kinds = found["kinds"]
+    layout = found["layouts"]["columns"]
+    kinds = layout["kinds"]
     linear_kinds = set(kinds) - {"token_embd", "output"}
     assert linear_kinds == {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
     assert sum(kinds[kind]["weights"] for kind in linear_kinds) == model.linear_weights
@@ -449,7 +443,7 @@ def test_inspect_counts_every_weight_once(package):
     assert ("output" in kinds) == (model.head is not None)
     assert set(kinds["token_embd"]["weights_by_format"]) == {"b4"}
     for kind in linear_kinds:
-        assert set(kinds[kind]["weights_by_format"]) <= set(found["formats"])
+        assert set(kinds[kind]["weights_by_format"]) <= set(layout["formats"])
 
 
 def test_plan_says_what_run_delivers(package):
@@ -471,10 +465,14 @@ def test_plan_and_run_agree_on_what_is_reachable(even_model, tmp_path, bits, rea
     recipe = replace(QUICK, bits=bits)
     assert plan_model(str(even_model), recipe, ["container"])["targets"]["container"]["reachable"] is reachable
     if reachable:
-        assert bits - 0.05 < pipeline.quantize_to(str(even_model), tmp_path / "out", recipe)["bits"]["stored"] <= bits
+        assert (
+            bits - 0.05
+            < pipeline.run(str(even_model), tmp_path / "out", recipe, BOTH, export_targets=False)["bits"]["stored"]
+            <= bits
+        )
     else:
         with pytest.raises(BudgetError):
-            pipeline.quantize_to(str(even_model), tmp_path / "out", recipe)
+            pipeline.run(str(even_model), tmp_path / "out", recipe, BOTH, export_targets=False)
 
 
 def test_plan_reads_no_weights(even_model, tmp_path):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_llama
 
 from mgptq_export.checkpoint import read_checkpoint, write_checkpoint
+from mgptq_export.layouts import COLUMNS
 from mgptq_export.models import SourceModel, load_quantized_weights, load_shape, load_source
-from mgptq_export.quantize import budget_range, calibrate, quantize, round_to_nearest
+from mgptq_export.quantize import calibrate, quantize, round_to_nearest
 from mgptq_runtime.errors import BadInputError, BudgetError, NumericalError, PackageError, UnsupportedModelError
 from mgptq_runtime.quantized_model import QuantizedModel
 
@@ -80,8 +81,9 @@ def test_unreachable_bits_are_refused_with_the_reachable_range(even_model, bits)
 
 
 def test_the_reachable_range_depends_on_formats_and_padding(even_model, odd_model):
-    assert budget_range(load_source(str(even_model)), ("b2", "b3"))[0] == 2.25
-    low, high = budget_range(load_source(str(odd_model)), ("b2",))
+    assert COLUMNS.reach(load_source(str(even_model)), replace(RECIPE, formats=("b2", "b3"))).lowest == 2.25
+    reach = COLUMNS.reach(load_source(str(odd_model)), replace(RECIPE, formats=("b2",)))
+    low, high = reach.lowest, reach.highest
     # 96 columns take 128, 200 take 256.
     assert 2.25 * 128 / 96 > low > 2.25 * 256 / 200 and high > low
 
@@ -125,32 +127,45 @@ def test_untied_matrices_are_both_stored(odd_quantized):
 
 
 def test_everything_that_is_not_quantized_is_kept_exactly(odd_model, odd_quantized):
+    """All norms in one new order of the channels."""
     original, kept = load_source(str(odd_model)), odd_quantized.result.model.tensors
+    last = original.model.model.norm.weight.numpy()
+    assert len(set(last)) == len(last)
+    order = np.array([np.flatnonzero(last == value)[0] for value in kept["output_norm"]])
     for i, layer in enumerate(original.layers):
-        assert np.array_equal(kept[f"blk.{i}.attn_norm"], layer.input_layernorm.weight.numpy())
-        assert np.array_equal(kept[f"blk.{i}.ffn_norm"], layer.post_attention_layernorm.weight.numpy())
-    assert np.array_equal(kept["output_norm"], original.model.model.norm.weight.numpy())
+        assert np.array_equal(kept[f"blk.{i}.attn_norm"], layer.input_layernorm.weight.numpy()[order])
+        assert np.array_equal(kept[f"blk.{i}.ffn_norm"], layer.post_attention_layernorm.weight.numpy()[order])
 
 
 @pytest.mark.parametrize("model", ["even_model", "odd_model"])
-def test_renumbering_neurons_does_not_change_the_model(request, model):
+def test_renumbering_neurons_and_channels_does_not_change_the_model(request, model):
     source = load_source(str(request.getfixturevalue(model)))
-    logits, before = logits_of(source), source.layers[0].mlp.down_proj.weight.clone()
+    logits = logits_of(source)
+    neurons, channels = source.layers[0].mlp.down_proj.weight[0].clone(), source.model.model.norm.weight.clone()
     calibrate(source, RECIPE)
-    assert not torch.equal(source.layers[0].mlp.down_proj.weight, before)
+    assert not torch.equal(source.layers[0].mlp.down_proj.weight[0], neurons)
+    assert not torch.equal(source.model.model.norm.weight, channels)
     assert (logits_of(source) - logits).abs().max() <= 1e-5
 
 
 def test_calibration_describes_the_renumbered_model(odd_model):
     source = load_source(str(odd_model))
     calibration = calibrate(source, RECIPE)
-    x = []
-    source.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, inputs: x.append(inputs[0].flatten(0, 1)))
+    layer, inputs = source.layers[1], {}
+    modules = {
+        "blk.1.attn_qkv": layer.self_attn.k_proj,
+        "blk.1.attn_output": layer.self_attn.o_proj,
+        "blk.1.ffn_gate_up": layer.mlp.up_proj,
+        "blk.1.ffn_down": layer.mlp.down_proj,
+    }
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda module, x, name=name: inputs.update({name: x[0].flatten(0, 1)}))
     with torch.no_grad():
         source.model(calibration.tokens)
-    hessian = 2 / len(x[0]) * x[0].t() @ x[0]
-    found = calibration.statistics.groups["blk.1.ffn_down"].hessian
-    assert torch.allclose(found, hessian, rtol=1e-3, atol=1e-4 * float(hessian.max()))
+    for name, x in inputs.items():
+        hessian = 2 / len(x) * x.t() @ x
+        found = calibration.statistics.groups[name].hessian
+        assert torch.allclose(found, hessian, rtol=1e-3, atol=1e-4 * float(hessian.max())), name
 
 
 def test_more_bits_come_closer_to_the_original(even_model):
@@ -377,7 +392,7 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(gguf_source, tmp_path):
     original, folder = gguf_source
     write_gguf(tmp_path / "tiny.gguf", original.model, folder)
     loaded = load_source(str(tmp_path / "tiny.gguf"))
-    assert loaded.name == "tiny" and loaded.tied and loaded.family == "llama"
+    assert loaded.name == "tiny" and loaded.tied and loaded.family.name == "llama"
     assert torch.allclose(logits_of(loaded), logits_of(original), atol=1e-6)
     assert loaded.tokenizer is not None and original.tokenizer is not None
     words = "The assert statement, 42 times: naïve — def f(x):\n    return x"

@@ -1,0 +1,157 @@
+"""Allocation among whole tensors: in stock ggml types every tensor of a file has one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
+from mgptq_export.allocation.problem import Allocation
+from mgptq_export.solver import column_importance, solve_tensor, tensor_error
+from mgptq_runtime.formats import GGML_FORMATS
+from mgptq_runtime.progress import track
+
+__all__ = ["FileTensor", "TensorProblem"]
+
+COST_CANDIDATES = 6
+SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """One tensor of the file.
+
+    Attributes:
+        linears: positions, in the problem, of the linears that it holds; they share its type.
+        formats: types that its row length allows, fewest bits first.
+    """
+
+    linears: tuple[int, ...]
+    formats: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TensorProblem:
+    """Every tensor is a unit; see :class:`mgptq_export.allocation.problem.AllocationProblem`.
+
+    Where a tensor has fewer types than another its last one is repeated, so that tables are rectangular.
+
+    Attributes:
+        linears: all that compete, in forward order, columns in the model's own order.
+        tensors: cover all linears, in their order.
+        budget: bits that all tensors together may take.
+    """
+
+    linears: Sequence[LinearProblem]
+    tensors: Sequence[FileTensor]
+    budget: int
+
+    @cached_property
+    def options(self) -> tuple[tuple[str, ...], ...]:
+        """The types of every tensor, all tuples of one length."""
+        longest = max(len(tensor.formats) for tensor in self.tensors)
+        return tuple(t.formats + t.formats[-1:] * (longest - len(t.formats)) for t in self.tensors)
+
+    def _members(self, tensor: FileTensor) -> list[LinearProblem]:
+        return [self.linears[i] for i in tensor.linears]
+
+    def weights(self) -> torch.Tensor:
+        """Weights of every tensor: int64 [units]."""
+        return torch.tensor([sum(linear.weight.numel() for linear in self._members(t)) for t in self.tensors])
+
+    def sizes(self) -> torch.Tensor:
+        """Stored bits of every tensor in every type: int64 [units, types]."""
+        return torch.tensor(
+            [
+                [sum(_tensor_bits(linear, name) for linear in self._members(tensor)) for name in options]
+                for tensor, options in zip(self.tensors, self.options, strict=True)
+            ]
+        )
+
+    def positions(self) -> torch.Tensor:
+        """Where in the model a tensor lies, 0 to 1: float32 [units]."""
+        return (torch.arange(len(self.tensors)) + 0.5) / len(self.tensors)
+
+    def unit_of_columns(self, linear: int) -> torch.Tensor:
+        """The tensor that a linear belongs to, for each of its columns: int64 [columns]."""
+        unit = next(i for i, tensor in enumerate(self.tensors) if linear in tensor.linears)
+        return torch.full((self.linears[linear].weight.shape[1],), unit)
+
+    def allocation(self, choice: torch.Tensor) -> Allocation:
+        """Name the chosen types, int64 [units]."""
+        chosen = [options[i] for options, i in zip(self.options, choice.tolist(), strict=True)]
+        return {
+            linear.name: (name,)
+            for tensor, name in zip(self.tensors, chosen, strict=True)
+            for linear in self._members(tensor)
+        }
+
+    def stored_bits(self, allocation: Allocation) -> int:
+        """Bits that all tensors take."""
+        return sum(_tensor_bits(linear, allocation[linear.name][0]) for linear in self.linears)
+
+    def energies(self) -> torch.Tensor:
+        """What every tensor would lose if it were dropped, on the scale of :meth:`costs`: float64 [units]."""
+        return torch.tensor([sum(_energy(linear) for linear in self._members(t)) for t in self.tensors]).double()
+
+    def costs(self) -> torch.Tensor:
+        """Estimated increase of the model's loss by every tensor in every type: float64 [units, types].
+
+        As :meth:`mgptq_export.allocation.problem.BlockProblem.costs`, summed over the tensor.
+        """
+        table = []
+        with track("Estimating what each tensor loses", len(self.tensors)) as advance:
+            for tensor, options in zip(self.tensors, self.options, strict=True):
+                known = {name: sum(_rounding_loss(x, name) for x in self._members(tensor)) for name in tensor.formats}
+                table.append([known[name] for name in options])
+                advance()
+        return beyond_quadratic(torch.tensor(table, dtype=torch.float64), self.energies())
+
+    def rollout(self, rows: int, generator: torch.Generator) -> "SolvedTensors":
+        """The solver on a sample of rows; the allocator's own number is too few for types with nested scales."""
+        return SolvedTensors(self, max(rows, SAMPLED_ROWS), generator)
+
+
+def _tensor_bits(linear: LinearProblem, name: str) -> int:
+    fmt = GGML_FORMATS[name]
+    return linear.weight.numel() // fmt.block_columns * fmt.block_bytes * 8
+
+
+def _energy(linear: LinearProblem) -> float:
+    importance = column_importance(linear.factor.upper, linear.weight.shape[1])
+    return float(((linear.weight.square() * importance).sum(1).double() * linear.sensitivity.double()).sum())
+
+
+def _rounding_loss(linear: LinearProblem, name: str) -> float:
+    importance = column_importance(linear.factor.upper, linear.weight.shape[1])
+    errors = tensor_error(linear.weight, importance, name, COST_CANDIDATES)
+    return float((errors.double() * linear.sensitivity.double()).sum())
+
+
+class SolvedTensors:
+    """What the solver really loses in every type, on sampled rows; no tensor's error depends on another's type."""
+
+    def __init__(self, problem: TensorProblem, rows: int, generator: torch.Generator) -> None:
+        table = []
+        with track("Solving samples of each tensor", len(problem.tensors)) as advance:
+            for tensor, options in zip(problem.tensors, problem.options, strict=True):
+                known = dict.fromkeys(tensor.formats, 0.0)
+                for i in tensor.linears:
+                    linear = problem.linears[i]
+                    drawn = torch.randint(linear.rows, (min(rows, linear.rows),), generator=generator)
+                    for name in known:
+                        known[name] += _solved_loss(linear, drawn, name)
+                table.append([known[name] for name in options])
+                advance()
+        self._errors = beyond_quadratic(torch.tensor(table, dtype=torch.float64), problem.energies())
+
+    def errors(self, choice: torch.Tensor) -> torch.Tensor:
+        """float64 [units, types], whatever int64 [units] is chosen."""
+        return self._errors
+
+
+def _solved_loss(linear: LinearProblem, rows: torch.Tensor, name: str) -> float:
+    solution = solve_tensor(linear.weight[rows], linear.factor.upper, name, candidates=COST_CANDIDATES)
+    errors = solution.block_errors.sum(1) * linear.sensitivity[rows].double()
+    return float(errors.sum()) * linear.rows / len(rows)

@@ -1,0 +1,129 @@
+"""A layout: how quantized weights may lie in files, which decides what competes for bits and how it is solved."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from mgptq_export.allocation import (
+    Allocation,
+    AllocationProblem,
+    allocate_by_gnn,
+    allocate_by_hessian,
+    allocate_uniformly,
+)
+from mgptq_export.calibration import ModelStatistics
+from mgptq_export.families import GroupModules
+from mgptq_export.models import SourceModel
+from mgptq_export.recipe import Recipe
+from mgptq_runtime.errors import BudgetError
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear
+
+__all__ = ["BITS_WINDOW", "Allocated", "Calibration", "Layout", "Reach", "allocate_as_asked", "check_delivered"]
+
+BITS_WINDOW = 0.05
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the later steps know of the model on the calibration set.
+
+    Attributes:
+        tokens: int64 [samples, sequence].
+        statistics: Hessians and sensitivities, in the model's (reordered) numbering.
+        orders: for every input group the order of its columns, most important first: int64 [columns].
+    """
+
+    tokens: torch.Tensor
+    statistics: ModelStatistics
+    orders: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """Attributes:
+    formats: the format of every block of every linear.
+    orders: for every input group the order in which its columns are stored: int64 [columns].
+    """
+
+    formats: Allocation
+    orders: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What stored bits per linear weight a layout can deliver for a model.
+
+    Attributes:
+        lowest, highest: over all linears.
+        formats: for every kind of linear (``attn_q``) the formats that it can have.
+        excluded: for every kind of linear the formats that it cannot have, and why.
+    """
+
+    lowest: float
+    highest: float
+    formats: Mapping[str, tuple[str, ...]]
+    excluded: Mapping[str, Mapping[str, str]]
+
+    def includes(self, bits: float) -> bool:
+        """Whether something in (bits - BITS_WINDOW, bits] can be delivered, as far as the extremes tell."""
+        return self.lowest <= bits < self.highest + BITS_WINDOW
+
+
+class Layout(Protocol):
+    """One way to lay weights out.
+
+    Attributes:
+        name: ``columns`` or ``tensors``.
+        folder: of the checkpoint in a package.
+    """
+
+    name: str
+    folder: str
+
+    def reach(self, source: SourceModel, recipe: Recipe) -> Reach:
+        """What can be delivered.
+
+        Raises:
+            BudgetError: a matrix that no format can hold.
+        """
+        ...
+
+    def embedding_format(self, recipe: Recipe, columns: int) -> str:
+        """The format of embedding and head."""
+        ...
+
+    def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe) -> Allocated:
+        """Decide who gets how many bits.
+
+        Raises:
+            BudgetError: the bits cannot be delivered in (bits - BITS_WINDOW, bits].
+        """
+        ...
+
+    def solve_group(
+        self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe
+    ) -> InputGroup:
+        """Quantize an input group on the inputs that made ``hessian``, float32 [columns, columns]."""
+        ...
+
+    def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
+        """Quantize embedding or head, float32 [vocabulary, hidden]; its columns keep their order."""
+        ...
+
+
+def allocate_as_asked(problem: AllocationProblem, recipe: Recipe) -> Allocation:
+    """Run the recipe's allocator."""
+    if recipe.allocator == "gnn":
+        return allocate_by_gnn(problem, recipe.training_steps, recipe.seed)
+    return allocate_by_hessian(problem) if recipe.allocator == "hessian" else allocate_uniformly(problem)
+
+
+def check_delivered(delivered: float, recipe: Recipe, unit: str) -> None:
+    """Raise BudgetError where the stored bits per weight fell short of what was asked for."""
+    if delivered <= recipe.bits - BITS_WINDOW:
+        raise BudgetError(
+            f"{recipe.bits} stored bits per weight cannot be met closely: {unit} of this model are so coarse that "
+            f"{delivered:.4f} is the most that fits; ask for that"
+        )

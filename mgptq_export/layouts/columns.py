@@ -1,0 +1,135 @@
+"""The column layout, of container and ONNX: permuted columns, every 64-column block in a format of its own."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from mgptq_export.allocation import BlockProblem, LinearProblem
+from mgptq_export.families import GroupModules
+from mgptq_export.layouts.base import Allocated, Calibration, Reach, allocate_as_asked, check_delivered
+from mgptq_export.models import SourceModel
+from mgptq_export.recipe import Recipe
+from mgptq_export.solver import factorize, pack_linear, solve_blockwise
+from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
+from mgptq_runtime.progress import track
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, permutation_dtype
+
+__all__ = ["ColumnLayout"]
+
+
+class ColumnLayout:
+    """See :class:`mgptq_export.layouts.base.Layout`."""
+
+    name = "columns"
+    folder = "quantized"
+
+    def reach(self, source: SourceModel, recipe: Recipe) -> Reach:
+        """Any row length fits: blocks are padded."""
+        weights = padded = permutations = 0
+        for group in source.groups():
+            rows = sum(module.out_features for module in group.modules.values())
+            weights += rows * group.columns
+            padded += rows * padded_columns(group.columns)
+            permutations += _permutation_bits(group)
+        per_weight = [FORMATS[name].bits_per_weight for name in recipe.formats]
+        kinds = source.linear_kinds()
+        return Reach(
+            lowest=min(per_weight) * padded / weights,
+            highest=(max(per_weight) * padded + permutations) / weights,
+            formats=dict.fromkeys(kinds, recipe.formats),
+            excluded={kind: {} for kind in kinds},
+        )
+
+    def embedding_format(self, recipe: Recipe, columns: int) -> str:
+        """As the recipe says."""
+        return recipe.embedding_format
+
+    def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe) -> Allocated:
+        """Blocks compete; columns keep their order where the budget has no room for permutations."""
+        groups = source.groups()
+        modules = [module for group in groups for module in group.modules.values()]
+        weights = sum(module.out_features * module.in_features for module in modules)
+        padded = sum(module.out_features * padded_columns(module.in_features) for module in modules)
+        permutations = sum(map(_permutation_bits, groups))
+        room = int(recipe.bits * weights)
+        least = padded * min(FORMATS[name].bits_per_weight for name in recipe.formats)
+        permuted = least + permutations <= room and not self._is_one_format(source, recipe)
+        orders = calibration.orders if permuted else natural_orders(calibration)
+        problem = BlockProblem(
+            linears=list(linear_problems(source, calibration, orders, recipe)),
+            formats=tuple(sorted(recipe.formats, key=lambda name: FORMATS[name].bits_per_weight)),
+            budget=room - (permutations if permuted else 0),
+        )
+        formats = allocate_as_asked(problem, recipe)
+        delivered = (problem.stored_bits(formats) + (permutations if permuted else 0)) / weights
+        check_delivered(delivered, recipe, "blocks")
+        return Allocated(formats, orders)
+
+    def _is_one_format(self, source: SourceModel, recipe: Recipe) -> bool:
+        """Whether ``uniform`` comes out even without permutations: the plain method, one format throughout."""
+        weights = sum(module.weight.numel() for group in source.groups() for module in group.modules.values())
+        padded = sum(
+            module.out_features * padded_columns(group.columns)
+            for group in source.groups()
+            for module in group.modules.values()
+        )
+        exact = [FORMATS[name].bits_per_weight * padded / weights for name in recipe.formats]
+        return recipe.allocator == "uniform" and any(abs(bits - recipe.bits) < 1e-9 for bits in exact)
+
+    def solve_group(
+        self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe
+    ) -> InputGroup:
+        """All linears of the group at once, along their common order."""
+        order = allocated.orders[group.name]
+        factor = factorize(hessian, order, recipe.damping, group.name)
+        natural = torch.equal(order, torch.arange(len(order), device=order.device))
+        permutation = None if natural else order.to(torch.int32).cpu().numpy()
+        spans, start = [], 0
+        for name, module in group.modules.items():
+            spans.append((slice(start, start + module.out_features), allocated.formats[name]))
+            start += module.out_features
+        stacked = torch.cat([module.weight.detach().float() for module in group.modules.values()])[:, order]
+        solution = solve_blockwise(stacked, factor.upper, spans)
+        linears = [
+            pack_linear(name, solution.values[rows], solution.scales[rows], formats, module.in_features, permutation)
+            for (name, module), (rows, formats) in zip(group.modules.items(), spans, strict=True)
+        ]
+        return InputGroup(group.name, permutation, tuple(linears))
+
+    def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
+        """One format throughout."""
+        rows, columns = weight.shape
+        natural = torch.arange(columns, device=hessian.device)
+        factor = factorize(hessian, natural, recipe.damping, name)
+        formats = [self.embedding_format(recipe, columns)] * (padded_columns(columns) // BLOCK_COLUMNS)
+        solution = solve_blockwise(weight, factor.upper, [(slice(0, rows), formats)])
+        return pack_linear(name, solution.values, solution.scales, formats, columns, None)
+
+
+def _permutation_bits(group: GroupModules) -> int:
+    """What a group's column order takes; that of ffn_down lies in the numbering of its neurons and takes nothing."""
+    if group.name.endswith("ffn_down"):
+        return 0
+    return group.columns * permutation_dtype(group.columns).itemsize * 8
+
+
+def natural_orders(calibration: Calibration) -> Mapping[str, torch.Tensor]:
+    """Every group's columns as they are."""
+    return {name: torch.arange(len(order), device=order.device) for name, order in calibration.orders.items()}
+
+
+def linear_problems(
+    source: SourceModel, calibration: Calibration, orders: Mapping[str, torch.Tensor], recipe: Recipe
+) -> Iterator[LinearProblem]:
+    """All linears in forward order, columns in the given orders."""
+    layers = len(source.layers)
+    with track("Factorizing Hessians", layers) as advance:
+        for index in range(layers):
+            for group in source.layer_groups(index):
+                statistics = calibration.statistics.groups[group.name]
+                order = orders[group.name]
+                factor = factorize(statistics.hessian, order, recipe.damping, group.name)
+                for name, module in group.modules.items():
+                    weight = module.weight.detach().float()[:, order]
+                    yield LinearProblem(name, index, layers, weight, factor, statistics.sensitivity[name])
+            advance()

@@ -1,0 +1,147 @@
+"""The tensor layout, of llama.cpp: columns in the model's own order, every tensor in one stock ggml type."""
+
+from collections.abc import Mapping
+
+import torch
+
+from mgptq_export.allocation import FileTensor, TensorProblem
+from mgptq_export.families import GroupModules
+from mgptq_export.layouts.base import Allocated, Calibration, Reach, allocate_as_asked, check_delivered
+from mgptq_export.layouts.columns import linear_problems, natural_orders
+from mgptq_export.models import SourceModel
+from mgptq_export.recipe import Recipe
+from mgptq_export.solver import best_rows, factorize, pack_tensor, solve_tensor, sub_block_order
+from mgptq_runtime.errors import BudgetError
+from mgptq_runtime.formats import GGML_FORMATS
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear
+
+__all__ = ["TensorLayout"]
+
+# For embedding and head, by the recipe's format: types of as many bits, the better one first.
+TABLE_TYPES = {"b1": ("q1_0",), "b2": ("q2_0",), "b3": ("q3_k",), "b4": ("q4_k", "q4_0"), "b8": ("q8_0",)}
+
+
+class TensorLayout:
+    """See :class:`mgptq_export.layouts.base.Layout`."""
+
+    name = "tensors"
+    folder = "quantized-tensors"
+
+    def reach(self, source: SourceModel, recipe: Recipe) -> Reach:
+        """A type needs rows of whole blocks."""
+        lowest = highest = weights = 0.0
+        formats, excluded = {}, {}
+        columns = {name: module.in_features for group in source.groups() for name, module in group.modules.items()}
+        rows = {name: module.out_features for group in source.groups() for name, module in group.modules.items()}
+        for name, width in columns.items():
+            kind = name.split(".")[-1]
+            possible = types_for(width, recipe.ggml_types, name)
+            formats[kind] = possible
+            excluded[kind] = {
+                other: f"rows of {width} are not whole blocks of {GGML_FORMATS[other].block_columns}"
+                for other in recipe.ggml_types
+                if other not in possible
+            }
+            weights += rows[name] * width
+            lowest += rows[name] * width * GGML_FORMATS[possible[0]].bits_per_weight
+            highest += rows[name] * width * GGML_FORMATS[possible[-1]].bits_per_weight
+        self.embedding_format(recipe, source.model.get_input_embeddings().weight.shape[1])
+        return Reach(lowest / weights, highest / weights, formats, excluded)
+
+    def embedding_format(self, recipe: Recipe, columns: int) -> str:
+        """The type of as many bits as the recipe's format."""
+        return types_for(columns, TABLE_TYPES[recipe.embedding_format], "token_embd", sort=False)[0]
+
+    def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe) -> Allocated:
+        """Tensors compete."""
+        orders = natural_orders(calibration)
+        linears = list(linear_problems(source, calibration, orders, recipe))
+        weights = sum(linear.weight.numel() for linear in linears)
+        tensors = file_tensors(
+            {linear.name: linear.weight.shape[1] for linear in linears}, source.family.gguf_fused, recipe.ggml_types
+        )
+        problem = TensorProblem(linears, tensors, int(recipe.bits * weights))
+        formats = allocate_as_asked(problem, recipe)
+        check_delivered(problem.stored_bits(formats) / weights, recipe, "tensors")
+        return Allocated(formats, orders)
+
+    def solve_group(
+        self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe
+    ) -> InputGroup:
+        """Every linear on its type's own grid."""
+        solver = _TensorsOfOneInput(group.name, hessian, recipe)
+        linears = []
+        for name, module in group.modules.items():
+            (fmt,) = allocated.formats[name]
+            linears.append(solver.solve(name, module.weight.detach().float(), fmt))
+        return InputGroup(group.name, None, tuple(linears))
+
+    def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
+        """One type throughout."""
+        return _TensorsOfOneInput(name, hessian, recipe).solve(
+            name, weight, self.embedding_format(recipe, weight.shape[1])
+        )
+
+
+class _TensorsOfOneInput:
+    """Solves matrices that read one activation; a factor is made once for every order of columns.
+
+    The columns cannot move in the file, but nothing says in which order to solve them. Two orders are tried, and every
+    row keeps the better one: most important blocks first, and most important columns first.
+    """
+
+    def __init__(self, name: str, hessian: torch.Tensor, recipe: Recipe) -> None:
+        self._name, self._hessian, self._damping = name, hessian, recipe.damping
+        self._factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def solve(self, name: str, weight: torch.Tensor, fmt: str) -> QuantizedLinear:
+        """Quantize float32 [rows, columns] in one type."""
+        solutions = []
+        for width in (GGML_FORMATS[fmt].sub_columns, 1):
+            order, upper = self._factor(width, fmt)
+            solutions.append(solve_tensor(weight, upper, fmt, order=order))
+        return pack_tensor(name, best_rows(*solutions), weight.shape[1])
+
+    def _factor(self, width: int, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """An order that keeps runs of ``width`` columns together, and the inverse Hessian's factor in it."""
+        if width not in self._factors:
+            diagonal = self._hessian.diagonal()
+            order = sub_block_order(diagonal, fmt) if width > 1 else diagonal.argsort(descending=True, stable=True)
+            factor = factorize(self._hessian, order, self._damping, self._name)
+            self._factors[width] = order, factor.upper
+        return self._factors[width]
+
+
+def types_for(columns: int, types: tuple[str, ...], name: str, *, sort: bool = True) -> tuple[str, ...]:
+    """Those types whose blocks fill rows of ``columns``, fewest bits first.
+
+    Raises:
+        BudgetError: there are none.
+    """
+    possible = [fmt for fmt in types if columns % GGML_FORMATS[fmt].block_columns == 0]
+    if not possible:
+        blocks = sorted({GGML_FORMATS[fmt].block_columns for fmt in types})
+        raise BudgetError(
+            f"{name}: rows of {columns} weights are not whole blocks of any ggml type among {', '.join(types)} "
+            f"(blocks of {', '.join(map(str, blocks))}), so llama.cpp cannot hold them; use another target"
+        )
+    return tuple(sorted(possible, key=lambda fmt: GGML_FORMATS[fmt].bits_per_weight) if sort else possible)
+
+
+def file_tensors(
+    columns: Mapping[str, int], fused: Mapping[str, tuple[str, ...]], types: tuple[str, ...]
+) -> list[FileTensor]:
+    """Group linears, in their order, into the tensors that the file will have.
+
+    Args:
+        columns: row length by linear.
+        fused: kinds of linears that one tensor holds, by its name.
+        types: ggml types to choose from.
+    """
+    tensor_of = {kind: name for name, kinds in fused.items() for kind in kinds}
+    members: dict[tuple[str, str], list[int]] = {}
+    for i, name in enumerate(columns):
+        block, kind = name.rsplit(".", 1)
+        members.setdefault((block, tensor_of.get(kind, kind)), []).append(i)
+    widths = list(columns.values())
+    return [FileTensor(tuple(m), types_for(widths[m[0]], types, f"{key[0]}.{key[1]}")) for key, m in members.items()]
