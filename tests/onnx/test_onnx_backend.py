@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import onnx
 import onnxruntime_genai as og
 import pytest
 import tokenizers
@@ -181,6 +182,17 @@ def test_external_data_cannot_escape_the_package(package, tmp_path):
     (package / "model.onnx").write_bytes(graph.replace(b"model.onnx.data", b"../weights.data"))
     with pytest.raises(PackageError, match=r"model\.onnx"):
         OnnxBackend(package)
+
+
+def test_graph_that_does_not_ask_for_positions_gets_none(exported, package):
+    path = package / "model.exact.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    graph.graph.input.remove(next(value for value in graph.graph.input if value.name == "position_ids"))
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(4)[None], "position_ids"))
+    onnx.save(graph, path)
+    backend = OnnxBackend(package, accuracy_level=0)
+    logits = backend.forward(exported.token_ids[:1, :4], backend.new_cache())
+    assert np.abs(logits - exported.oracle[:1, :4]).max() <= 1e-4
 
 
 def test_genai_uses_the_packages_tokenizer(exported, golden, tmp_path):

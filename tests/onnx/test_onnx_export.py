@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -36,10 +37,9 @@ def test_file_holds_the_packed_bytes_and_a_tied_table_once(exported):
     packed += model.head.stored_bytes if model.head else 0
     packed += sum(group.permutation_bytes for group in model.groups)
     tensors = sum(tensor.nbytes for tensor in model.tensors.values())
-    rope = 2 * model.hyperparameters["context_length"] * model.tensors["rope_inverse_frequencies"].nbytes
     initializers = onnx.load(exported.folder / "model.onnx", load_external_data=False).graph.initializer
     size = (exported.folder / "model.onnx.data").stat().st_size
-    assert size <= packed + tensors + rope + 64 * len(initializers)
+    assert size <= packed + tensors + 64 * len(initializers)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -54,8 +54,7 @@ def test_loaded_graph_runs_low_bit_kernels_and_no_float_matmul(exported, name, t
     assert operators.count("MatMulNBits") == sum(len(linear.segments) for linear in linears)
     assert not {"MatMul", "Gemm", "DequantizeLinear", "BitShift"} & set(operators)
     smallest = min(linear.rows * linear.columns for linear in linears)
-    caches = {"cos_cache", "sin_cache"}
-    floats = [i for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT and i.name not in caches]
+    floats = [i for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT]
     assert max(np.prod(i.dims) for i in floats) < smallest / 4
 
 
@@ -95,12 +94,18 @@ def test_failure_leaves_nothing_behind_and_says_what_the_builder_said(exported, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "yarn", "longrope", "?"])
-def test_rotary_type_that_the_builder_gets_wrong_is_refused(exported, golden, tmp_path, rope_type):
-    config = {**exported.checkpoint.config, "rope_parameters": {"rope_type": rope_type, "factor": 4.0}}
+def test_head_size_that_no_kernel_takes_is_refused(exported, golden, tmp_path):
+    config = {**exported.checkpoint.config, "head_dim": 20}
     broken = Checkpoint(exported.checkpoint.folder, exported.model, config)
-    with pytest.raises(UnsupportedModelError, match=r"rotary type|builder refused"):
+    with pytest.raises(UnsupportedModelError, match="multiple of 8, this model has 20"):
         export_onnx(broken, golden, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_family_is_refused(exported, golden, tmp_path):
+    model = replace(exported.model, family="mamba")
+    with pytest.raises(UnsupportedModelError, match="the family 'mamba'; it has llama, "):
+        export_onnx(Checkpoint(exported.checkpoint.folder, model, exported.checkpoint.config), golden, tmp_path / "o")
     assert list(tmp_path.iterdir()) == []
 
 

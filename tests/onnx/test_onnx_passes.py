@@ -7,6 +7,7 @@ from synthetic import random_linear
 
 from mgptq_export.targets.onnx.constant_shapes import declare_constant_shapes
 from mgptq_export.targets.onnx.external_data import externalize
+from mgptq_export.targets.onnx.node_names import layer_of, matmul_node
 from mgptq_export.targets.onnx.packed_initializers import initializer
 from mgptq_export.targets.onnx.standard_norms import standardize_norms
 from mgptq_export.targets.onnx.swap_embedding import swap_embedding
@@ -89,6 +90,15 @@ def test_embedding_of_two_formats_is_concatenated():
     assert operators(graph) == ["EmbeddingB8", "EmbeddingB4", "Concat"]
     assert [node.attributes["K"].as_int() for node in graph if node.op_type != "Concat"] == [64, 36]
     assert "weight" not in graph.initializers
+
+
+def test_nodes_are_named_as_the_builder_names_them():
+    assert matmul_node("blk.12.ffn_up") == "/model/layers.12/mlp/up_proj/MatMul"
+    assert layer_of("/model/layers.12/attn/q_rotary/RotaryEmbedding") == 12
+    with pytest.raises(UnsupportedModelError, match=r"blk\.0\.ssm: .*no node"):
+        matmul_node("blk.0.ssm")
+    with pytest.raises(ValueError, match="not a node of a layer"):
+        layer_of("/lm_head/MatMul")
 
 
 def test_norm_of_the_standard_domain_is_the_standards():

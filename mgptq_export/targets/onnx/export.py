@@ -9,15 +9,18 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mgptq_export.checkpoint import Checkpoint, copy_tokenizer
-from mgptq_export.targets.onnx.builder_graph import build_float_graph
+from mgptq_export.checkpoint import Checkpoint
+from mgptq_export.targets.onnx.builder_graph import build_float_graph, decoder_of
 from mgptq_export.targets.onnx.constant_shapes import declare_constant_shapes
 from mgptq_export.targets.onnx.external_data import externalize
-from mgptq_export.targets.onnx.families import family_named
+from mgptq_export.targets.onnx.genai_config import complete_genai_config
+from mgptq_export.targets.onnx.node_names import EMBEDDING_NODE, HEAD_NODE, matmul_node
 from mgptq_export.targets.onnx.operators import DOMAIN, OPSET, VERSION, operators
+from mgptq_export.targets.onnx.rotations import compute_rotations
 from mgptq_export.targets.onnx.standard_norms import standardize_norms
 from mgptq_export.targets.onnx.swap_embedding import swap_embedding
 from mgptq_export.targets.onnx.swap_linears import swap_linears
+from mgptq_export.targets.onnx.tokenizer_files import write_tokenizer
 from mgptq_runtime.errors import OutputExistsError, UnsupportedModelError
 from mgptq_runtime.golden import GoldenVectors, write_golden
 from mgptq_runtime.quantized_model import InputGroup, QuantizedModel
@@ -44,14 +47,15 @@ def _head_group(model: QuantizedModel) -> InputGroup:
 
 def _quantized_graph(checkpoint: Checkpoint, graph_model: ir.Model) -> ir.Model:
     """Swap the matrices of the family's float graph for packed ones, in place."""
-    family, quantized = family_named(checkpoint.model.family), checkpoint.model
+    quantized = checkpoint.model
     head = _head_group(quantized)
-    node_names = {linear.name: family.node_name(linear.name) for linear in quantized.linears()}
-    node_names[head.linears[0].name] = family.head
+    node_names = {linear.name: matmul_node(linear.name) for linear in quantized.linears()}
+    node_names[head.linears[0].name] = HEAD_NODE
     graph = graph_model.graph
     declare_constant_shapes(graph)
     standardize_norms(graph)
-    swap_embedding(graph, quantized.embedding, family.embedding)
+    compute_rotations(graph, decoder_of(quantized), quantized.tensors)
+    swap_embedding(graph, quantized.embedding, EMBEDDING_NODE)
     swap_linears(graph, (*quantized.groups, head), node_names)
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="mgptq-export")
     model.opset_imports.update({"": OPSET, "com.microsoft": 1, DOMAIN: VERSION})
@@ -82,17 +86,6 @@ def _check_genai_config(config: dict[str, Any], model: QuantizedModel) -> None:
         )
 
 
-def _write_tokenizer(checkpoint: Checkpoint, folder: Path, context_length: int) -> None:
-    copy_tokenizer(checkpoint.folder, folder)
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if (config.get("model_max_length") or 0) > context_length:
-            # Hugging Face writes 1e30 for "no limit", an integer that readers in C++ refuse.
-            config["model_max_length"] = context_length
-            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def export_onnx(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path) -> None:
     """Write the package for ONNX Runtime and onnxruntime-genai.
 
@@ -119,8 +112,9 @@ def export_onnx(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path) -> 
         package.mkdir()
         _save(_quantized_graph(checkpoint, graph_model), package)
         _check_genai_config(genai_config, checkpoint.model)
+        genai_config = complete_genai_config(genai_config, checkpoint)
         (package / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
-        _write_tokenizer(checkpoint, package, genai_config["model"]["context_length"])
+        write_tokenizer(checkpoint.folder, package, genai_config["model"]["context_length"])
         write_golden(package / GOLDEN, golden)
         package.rename(folder)
     logger.info("wrote %s", folder)

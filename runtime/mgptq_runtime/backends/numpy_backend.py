@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from mgptq_runtime.errors import BadInputError
+from mgptq_runtime.backends.checks import check_tokens
 from mgptq_runtime.families import make_family
-from mgptq_runtime.formats import FORMATS, padded_columns
+from mgptq_runtime.formats import format_named, padded_columns
 from mgptq_runtime.golden import hidden_digest
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel
 
@@ -68,7 +68,7 @@ def _apply_segments(linear: QuantizedLinear, activation: np.ndarray, rows: slice
     output: np.ndarray | None = None
     start = 0
     for segment in linear.segments:
-        weight = FORMATS[segment.format].dequantize(segment.data[rows])
+        weight = format_named(segment.format).dequantize(segment.data[rows])
         part = activation[:, start : start + segment.columns] @ weight.T
         output = part if output is None else output + part
         start += segment.columns
@@ -131,21 +131,13 @@ class NumpyBackend:
         return logits, np.stack(digests)
 
     def _check_tokens(self, token_ids: np.ndarray, cache: KeyValueCache) -> None:
-        if token_ids.ndim != 2 or len(token_ids) != cache.batch or not token_ids.size:
-            raise BadInputError(f"tokens of shape {token_ids.shape} do not fit a cache of {cache.batch} sequences")
-        if token_ids.min() < 0 or token_ids.max() >= self.vocabulary_size:
-            raise BadInputError(
-                f"token ids {token_ids.min()} to {token_ids.max()}, the vocabulary is 0 to {self.vocabulary_size - 1}"
-            )
-        total = cache.length + token_ids.shape[1]
-        if total > self.context_length:
-            raise BadInputError(f"{total} tokens are more than the model's context of {self.context_length}")
+        check_tokens(token_ids, cache.batch, cache.length, self.vocabulary_size, self.context_length)
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         """int64 [batch, sequence] to float32 [batch, sequence, hidden]; only these rows are dequantized."""
         embedding = self._model.embedding
         rows = token_ids.reshape(-1)
-        parts = [FORMATS[segment.format].dequantize(segment.data[rows]) for segment in embedding.segments]
+        parts = [format_named(segment.format).dequantize(segment.data[rows]) for segment in embedding.segments]
         return np.concatenate(parts, axis=1)[:, : embedding.columns].reshape(*token_ids.shape, -1)
 
     def project(self, group: str, activation: np.ndarray) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from mgptq_runtime.backends.checks import check_tokens
 from mgptq_runtime.errors import BadInputError, PackageError
 
 __all__ = ["ACCURACY_LEVELS", "OnnxBackend", "OnnxCache"]
@@ -18,6 +19,8 @@ __all__ = ["ACCURACY_LEVELS", "OnnxBackend", "OnnxCache"]
 ACCURACY_LEVELS = {0: "model.exact.onnx", 4: "model.onnx"}
 EXTERNAL_DATA = "model.onnx.data"
 GENAI_CONFIG = "genai_config.json"
+# Where attention rotates by tables of its own, a graph does not ask for them.
+POSITIONS = "position_ids"
 FIRST_CAPACITY = 64
 ERRORS_ONLY = 3
 
@@ -147,11 +150,12 @@ class OnnxBackend:
         inputs = {value.name: (value.type, value.shape) for value in self._session.get_inputs()}
         outputs = {value.name: (value.type, value.shape) for value in self._session.get_outputs()}
         wanted = {"input_ids", "attention_mask", *self._cache_names("past_key_values")}
-        if set(inputs) != wanted or set(outputs) != {"logits", *self._cache_names("present")}:
+        if set(inputs) - {POSITIONS} != wanted or set(outputs) != {"logits", *self._cache_names("present")}:
             raise PackageError(
                 f"{path}: its inputs and outputs are not those of {shape.layers} layers in {GENAI_CONFIG}; "
                 "export the package again"
             )
+        self._takes_positions = POSITIONS in inputs
         caches = [inputs[name] for name in self._cache_names("past_key_values")]
         caches += [outputs[name] for name in self._cache_names("present")]
         for kind, (_, heads, _, size) in caches:
@@ -191,16 +195,8 @@ class OnnxBackend:
         Raises:
             BadInputError: shapes that do not fit, a token id out of range, or more tokens than the context holds.
         """
-        if token_ids.ndim != 2 or token_ids.shape[0] != cache.batch or token_ids.shape[1] == 0:
-            raise BadInputError(f"tokens of shape {token_ids.shape} do not fit a cache of {cache.batch} sequences")
-        if token_ids.min() < 0 or token_ids.max() >= self.vocabulary_size:
-            raise BadInputError(
-                f"token ids {token_ids.min()} to {token_ids.max()}, the vocabulary is 0 to {self.vocabulary_size - 1}"
-            )
-        total = cache.length + token_ids.shape[1]
-        if total > self.context_length:
-            raise BadInputError(f"{total} tokens are more than the model's context of {self.context_length}")
-        self._reserve(cache, total)
+        check_tokens(token_ids, cache.batch, cache.length, self.vocabulary_size, self.context_length)
+        self._reserve(cache, cache.length + token_ids.shape[1])
         if cache.batch == 1 or cache.length == 0:
             return self._run(token_ids, cache)
         # ONNX Runtime's attention extends a filled cache by several tokens for a single sequence only.
@@ -212,6 +208,9 @@ class OnnxBackend:
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(token_ids, np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((cache.batch, total), np.int64))
+        if self._takes_positions:
+            positions = np.arange(cache.length, total, dtype=np.int64)
+            binding.bind_cpu_input(POSITIONS, np.tile(positions, (cache.batch, 1)))
         names = zip(self._cache_names("past_key_values"), self._cache_names("present"), strict=True)
         for (past, present), buffer in zip(names, cache.buffers, strict=True):
             where: dict[str, Any] = {
