@@ -263,7 +263,7 @@ def read_manifest(package: Path) -> dict[str, Any]:
         bits, files, targets = manifest["bits"], manifest["files"], manifest["targets"]
         if not (isinstance(bits["stored"], float) and "requested" in bits and isinstance(targets, list)):
             raise TypeError("bits or targets are not what this program writes")
-        if not (isinstance(manifest["layouts"], dict) and 0 < len(manifest["layouts"].keys() & LAYOUTS.keys())):
+        if not (isinstance(manifest["layouts"], dict) and len(manifest["layouts"].keys() & LAYOUTS.keys()) > 0):
             raise TypeError("layouts are not what this program writes")
         if not all(isinstance(file["path"], str) and file["sha256"] and file["bytes"] >= 0 for file in files):
             raise TypeError("files are not what this program writes")

@@ -12,9 +12,9 @@ from mgptq_export.allocation import (
     allocate_by_gnn,
     allocate_by_hessian,
     allocate_uniformly,
+    rollout,
 )
 from mgptq_export.allocation import linear as linear_module
-from mgptq_export.allocation import rollout
 from mgptq_export.allocation.budget import cheapest_within, price_for
 from mgptq_export.allocation.column_graph import FEATURES, build_graphs, strongest_edges
 from mgptq_export.allocation.network import AllocatorNetwork

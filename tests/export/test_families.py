@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from transformers import AutoConfig
 
-from mgptq_export.families import FAMILIES, family_of
+from mgptq_export.families import FAMILIES
 from mgptq_export.models import load_source
 from mgptq_export.quantize import quantize
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
-from mgptq_runtime.errors import UnsupportedModelError
 from mgptq_runtime.families import FAMILIES as RUNTIME_FAMILIES
 
 RECIPE = Recipe(bits=3.0, allocator="hessian", samples=6, sequence_length=48, sensitivity_samples=2)

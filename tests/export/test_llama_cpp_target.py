@@ -17,8 +17,7 @@ import pytest
 import tiny_models
 import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
-from llama_cpp import LlamaModel
-from llama_cpp import logits, quantize_rows
+from llama_cpp import LlamaModel, logits, quantize_rows
 from transformers import AutoConfig
 
 from mgptq_export.checkpoint import Checkpoint, write_checkpoint
