@@ -21,7 +21,14 @@ from safetensors.numpy import load_file, save_file
 from mgptq_runtime.errors import PackageError
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
 
-__all__ = ["TOKENIZER_FILES", "Checkpoint", "copy_tokenizer", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "Checkpoint",
+    "copy_tokenizer",
+    "drop_tokens_beyond",
+    "read_checkpoint",
+    "write_checkpoint",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +121,11 @@ def write_checkpoint(
     save_file({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(full_config, indent=2) + "\n")
     copy_tokenizer(tokenizer_folder, folder)
-    _drop_tokens_beyond(folder / "tokenizer.json", model.embedding.rows)
+    drop_tokens_beyond(folder / "tokenizer.json", model.embedding.rows)
     return Checkpoint(folder, model, full_config)
 
 
-def _drop_tokens_beyond(path: Path, vocabulary_size: int) -> None:
+def drop_tokens_beyond(path: Path, vocabulary_size: int) -> None:
     """Some tokenizers add tokens that their model has no embedding for (Gemma 3's image token in its text models)."""
     if not path.is_file():
         return

@@ -1,31 +1,53 @@
-"""Looking ahead at a model: which targets can reach which bits, and why."""
+"""Looking ahead at a model: which targets can reach which bits, why, and how large the files will be."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from mgptq_export.models import SourceModel, load_shape
+from mgptq_export.checkpoint import copy_tokenizer, drop_tokens_beyond
+from mgptq_export.layouts import Reach
+from mgptq_export.models import SourceModel, gguf_source, load_shape
 from mgptq_export.recipe import Recipe
-from mgptq_export.targets import Target, target_named
-from mgptq_runtime.errors import BudgetError, UnsupportedModelError
-from mgptq_runtime.formats import format_named, padded_columns
+from mgptq_export.targets import target_named
+from mgptq_export.targets.container_size import container_files
+from mgptq_export.targets.llama_cpp.size import llama_cpp_files
+from mgptq_export.targets.onnx.size import onnx_files
+from mgptq_export.targets.skeleton import PlannedFile, Skeleton, make_skeleton
+from mgptq_runtime.errors import BadInputError, BudgetError, UnsupportedModelError
 
 __all__ = ["plan_model"]
+
+FILES: dict[str, Callable[[Skeleton], list[PlannedFile]]] = {
+    "container": container_files,
+    "onnx": onnx_files,
+    "llama.cpp": llama_cpp_files,
+}
 
 
 def plan_model(
     model: str, recipe: Recipe, targets: Sequence[str], *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """What a model would become, as JSON values, from its configuration alone.
+    """What a model would become, as JSON values, from its configuration and tokenizer alone.
+
+    Sizes are those with all of the recipe's bits spent. A run spends them up to what a block, or for llama.cpp a
+    tensor, no longer fits in; what it writes is that much smaller, and a container a little more, as not every linear
+    will have every format.
 
     Returns:
         ``name``, ``family``, ``linear_weights``, ``bits``; and ``targets``: for each ``reachable``, and either the
         ``reason`` why it is not, or: ``lowest_bits`` and ``highest_bits`` per weight; ``kinds``: for every kind of
         linear its row length, the formats that it can have, and those that it cannot and why; ``embedding_format``;
-        and ``weight_bytes``, the most that the weights take (linears, permutations, embedding, head and norms).
+        ``weight_bytes``, the most that all tensors of the model take; ``files``: the large ones that the target
+        writes, each with ``path``, ``bytes`` and ``exact``, which is false for an estimate; and ``file_bytes``, their
+        sum.
     """
     source = load_shape(model, trust_remote_code=trust_remote_code)
     linear_weights = sum(m.out_features * m.in_features for g in source.groups() for m in g.modules.values())
-    planned = {name: _plan_target(source, recipe, target_named(name), linear_weights) for name in targets}
+    with _tokenizer_files(source) as folder:
+        planned = {name: _plan_target(source, recipe, name, folder) for name in targets}
     return {
         "name": source.name,
         "family": source.family.name,
@@ -35,33 +57,57 @@ def plan_model(
     }
 
 
-def _plan_target(source: SourceModel, recipe: Recipe, target: Target, linear_weights: int) -> dict[str, Any]:
+@contextmanager
+def _tokenizer_files(source: SourceModel) -> Iterator[Path]:
+    """A folder with those tokenizer files that a package of the model would have."""
+    with tempfile.TemporaryDirectory(prefix="mgptq-tokenizer-") as name:
+        folder, path = Path(name), Path(source.source)
+        if path.is_file():
+            gguf_source.write_gguf_tokenizer(path, gguf_source.open_gguf(path), folder)
+        else:
+            copy_tokenizer(source.tokenizer_folder, folder)
+        drop_tokens_beyond(folder / "tokenizer.json", source.model.get_input_embeddings().weight.shape[0])
+        yield folder
+
+
+def _plan_target(source: SourceModel, recipe: Recipe, name: str, folder: Path) -> dict[str, Any]:
+    target = target_named(name)
     try:
         target.check_config(source.model.config)
         reach = target.layout.reach(source, recipe)
     except (BudgetError, UnsupportedModelError) as error:
         return {"reachable": False, "reason": str(error)}
-    columns = {
-        name.split(".")[-1]: module.in_features
-        for group in source.layer_groups(0)
-        for name, module in group.modules.items()
-    }
     planned: dict[str, Any] = {
         "reachable": reach.includes(recipe.bits),
         "lowest_bits": reach.lowest,
         "highest_bits": reach.highest,
-        "kinds": {
-            kind: {"columns": width, "formats": list(reach.formats[kind]), "excluded": dict(reach.excluded[kind])}
-            for kind, width in columns.items()
-        },
+        "kinds": _kinds(source, reach),
     }
     if not planned["reachable"]:
-        planned["reason"] = f"formats of this target give {reach.lowest:.4f} to {reach.highest:.4f} bits for this model"
-        return planned
-    vocabulary, hidden = source.model.get_input_embeddings().weight.shape
-    planned["embedding_format"] = target.layout.embedding_format(recipe, hidden)
-    fmt = format_named(planned["embedding_format"])
-    tables = (1 if source.tied else 2) * vocabulary * padded_columns(hidden)
-    other = sum(parameter.numel() * 4 for parameter in source.model.parameters() if parameter.dim() == 1)
-    planned["weight_bytes"] = int(linear_weights * recipe.bits / 8 + tables * fmt.bits_per_weight / 8 + other)
-    return planned
+        reason = f"formats of this target give {reach.lowest:.4f} to {reach.highest:.4f} bits for this model"
+        return {**planned, "reason": reason}
+    skeleton = make_skeleton(source, recipe, target.layout, reach, folder)
+    try:
+        files = FILES[name](skeleton)
+    except (BadInputError, UnsupportedModelError) as error:
+        return {**planned, "reachable": False, "reason": str(error)}
+    return {
+        **planned,
+        "embedding_format": skeleton.model.embedding.segments[0].format,
+        "weight_bytes": skeleton.weight_bytes,
+        "files": [asdict(file) for file in files],
+        "file_bytes": sum(file.bytes for file in files),
+    }
+
+
+def _kinds(source: SourceModel, reach: Reach) -> dict[str, Any]:
+    """Row length and formats of every kind of linear."""
+    modules = {name.split(".")[-1]: module for g in source.layer_groups(0) for name, module in g.modules.items()}
+    return {
+        kind: {
+            "columns": module.in_features,
+            "formats": list(reach.formats[kind]),
+            "excluded": dict(reach.excluded[kind]),
+        }
+        for kind, module in modules.items()
+    }

@@ -34,8 +34,8 @@ def _tokens(text: str, source: SourceModel) -> list[int]:
     vocabulary = source.model.config.vocab_size
     if max(ids, default=0) >= vocabulary:
         raise BadInputError(
-            f"the tokenizer of {source.source} gives token {max(ids)}, the model's vocabulary is 0 to {vocabulary - 1}; "
-            "take the tokenizer of this model"
+            f"the tokenizer of {source.source} gives token {max(ids)}, "
+            f"the model's vocabulary is 0 to {vocabulary - 1}; take the tokenizer of this model"
         )
     return ids
 

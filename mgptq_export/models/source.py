@@ -127,7 +127,8 @@ def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
     except Exception as error:  # a broken configuration raises many kinds
         raise BadInputError(f"{source}: its configuration cannot be used: {error}") from error
     family.prepare(model)
-    return SourceModel(_model_name(source), source, family, model, config, path.parent, None)
+    folder = path if path.is_dir() else path.parent
+    return SourceModel(_model_name(source), source, family, model, config, folder, None)
 
 
 def _model_path(source: str, *, weights: bool) -> Path:

@@ -28,7 +28,7 @@ from mgptq_runtime.gguf_file import read_gguf
 from mgptq_runtime.golden import GoldenVectors
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, permutation_dtype
 
-__all__ = ["write_container"]
+__all__ = ["add_metadata", "add_tensors", "write_container"]
 
 
 def write_container(checkpoint: Checkpoint, golden: GoldenVectors, path: Path) -> None:
@@ -46,8 +46,8 @@ def write_container(checkpoint: Checkpoint, golden: GoldenVectors, path: Path) -
         ContainerError: the model breaks a rule of the format, NaN in a scale for example.
     """
     writer = GGUFWriter(None, ARCHITECTURE)
-    _add_metadata(writer, checkpoint)
-    _add_tensors(writer, checkpoint.model, golden)
+    add_metadata(writer, checkpoint)
+    add_tensors(writer, checkpoint.model, golden)
     temporary = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -89,7 +89,8 @@ def _compact_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _add_metadata(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+def add_metadata(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Add the key-values, the tokenizer included."""
     model = checkpoint.model
     writer.add_name(checkpoint.name)
     writer.add_uint32("mgptq.format_version", FORMAT_VERSION)
@@ -140,7 +141,8 @@ def _add_linear(writer: GGUFWriter, linear: QuantizedLinear) -> None:
         writer.add_tensor(segment_name(linear.name, i, segment.format), data)
 
 
-def _add_tensors(writer: GGUFWriter, model: QuantizedModel, golden: GoldenVectors) -> None:
+def add_tensors(writer: GGUFWriter, model: QuantizedModel, golden: GoldenVectors) -> None:
+    """Add all weights, and the golden vectors."""
     _add_linear(writer, model.embedding)
     for group in model.groups:
         if group.permutation is not None:

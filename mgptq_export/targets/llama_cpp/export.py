@@ -18,7 +18,7 @@ from mgptq_export.targets.llama_cpp.tensors import add_tensors
 from mgptq_runtime.errors import BadInputError, OutputExistsError
 from mgptq_runtime.golden import GoldenVectors, write_golden
 
-__all__ = ["write_llama_cpp"]
+__all__ = ["file_name", "fill_writer", "write_llama_cpp"]
 
 GOLDEN = "golden.npz"
 MODELFILE = "Modelfile"
@@ -48,12 +48,12 @@ def write_llama_cpp(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path)
         raise OutputExistsError(f"{folder} exists; remove it or choose another folder")
     writer = GGUFWriter(None, checkpoint.model.family)
     try:
-        _fill(writer, checkpoint)
+        fill_writer(writer, checkpoint)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
             package = Path(scratch) / "package"
             package.mkdir()
-            name = _file_name(checkpoint)
+            name = file_name(checkpoint)
             _write_gguf(writer, package / name)
             (package / MODELFILE).write_text(_modelfile(writer, checkpoint, name), encoding="utf-8")
             write_golden(package / GOLDEN, golden)
@@ -64,7 +64,8 @@ def write_llama_cpp(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path)
         writer.close()
 
 
-def _fill(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+def fill_writer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Add all that the file holds; errors are those of :func:`write_llama_cpp`."""
     settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config = AutoConfig.for_model(**settings)
     check_llama_cpp_config(config)
@@ -73,7 +74,8 @@ def _fill(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     add_tensors(writer, checkpoint.model, config)
 
 
-def _file_name(checkpoint: Checkpoint) -> str:
+def file_name(checkpoint: Checkpoint) -> str:
+    """Of the GGUF file."""
     bits = checkpoint.config["quantization_config"]["recipe"]["bits"]
     return f"{checkpoint.name}-MGPTQ-{bits:g}bpw.gguf"
 

@@ -25,7 +25,7 @@ from mgptq_runtime.errors import OutputExistsError, UnsupportedModelError
 from mgptq_runtime.golden import GoldenVectors, write_golden
 from mgptq_runtime.quantized_model import InputGroup, QuantizedModel
 
-__all__ = ["export_onnx"]
+__all__ = ["export_onnx", "quantized_graph", "set_operators"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def _head_group(model: QuantizedModel) -> InputGroup:
     return InputGroup(head.name, head.permutation, (head,))
 
 
-def _quantized_graph(checkpoint: Checkpoint, graph_model: ir.Model) -> ir.Model:
+def quantized_graph(checkpoint: Checkpoint, graph_model: ir.Model) -> ir.Model:
     """Swap the matrices of the family's float graph for packed ones, in place."""
     quantized = checkpoint.model
     head = _head_group(quantized)
@@ -62,7 +62,8 @@ def _quantized_graph(checkpoint: Checkpoint, graph_model: ir.Model) -> ir.Model:
     return model
 
 
-def _set_operators(model: ir.Model, accuracy_level: int) -> None:
+def set_operators(model: ir.Model, accuracy_level: int) -> None:
+    """Put those of our operators that the graph uses into the model, in place of any others."""
     used = {node.op_identifier() for node in model.graph}
     model.functions.clear()
     for function in operators(accuracy_level):
@@ -74,7 +75,7 @@ def _save(model: ir.Model, folder: Path) -> None:
     """Write both graphs onto one file of weights."""
     externalize(model.graph, folder / WEIGHTS)
     for name, accuracy_level in ((MODEL, FAST_LEVEL), (EXACT_MODEL, EXACT_LEVEL)):
-        _set_operators(model, accuracy_level)
+        set_operators(model, accuracy_level)
         ir.save(model, folder / name)
 
 
@@ -110,7 +111,7 @@ def export_onnx(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path) -> 
         graph_model, genai_config = build_float_graph(checkpoint, scratch / "builder")
         package = scratch / "package"
         package.mkdir()
-        _save(_quantized_graph(checkpoint, graph_model), package)
+        _save(quantized_graph(checkpoint, graph_model), package)
         _check_genai_config(genai_config, checkpoint.model)
         genai_config = complete_genai_config(genai_config, checkpoint)
         (package / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
