@@ -4,12 +4,13 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mgptq_export.recipe import ALLOCATORS, Recipe
@@ -264,25 +265,47 @@ def plan(
     if as_json:
         click.echo(json.dumps(planned))
         return
-    table = Table("target", "bits it can reach", f"at {bits} bits", title=f"{planned['name']} ({planned['family']})")
+    _print_plan(planned)
+
+
+def _print_plan(planned: dict[str, Any]) -> None:
+    table = Table(
+        "target", "bits it can reach", f"at {planned['bits']:g} bits", title=f"{planned['name']} ({planned['family']})"
+    )
     for name, target in planned["targets"].items():
         reach = "none"
         if "lowest_bits" in target:
             reach = f"{math.ceil(target['lowest_bits'] * 100) / 100:.2f} to {target['highest_bits']:.2f}"
         table.add_row(name, reach, _planned_size(target))
-    console = Console()
+    console = Console(highlight=False)
     console.print(table)
     for name, target in planned["targets"].items():
-        for kind, row in target.get("kinds", {}).items():
-            if row["excluded"]:
-                reasons = dict.fromkeys(row["excluded"].values())
-                console.print(f"{name}: {kind} takes {', '.join(row['formats'])}; {'; '.join(reasons)}")
+        for line in _kind_lines(name, target.get("kinds", {})):
+            console.print(line, markup=False)
 
 
 def _planned_size(target: dict[str, Any]) -> str:
-    if target["reachable"]:
-        return f"{target['weight_bytes'] / 1e6:.1f} MB of weights"
-    return f"not reachable: {target['reason']}"
+    if not target["reachable"]:
+        return f"not reachable: {escape(target['reason'])}"
+    about = "" if all(file["exact"] for file in target["files"]) else "about "
+    return f"{about}{target['file_bytes'] / 1e6:.1f} MB"
+
+
+def _kind_lines(target: str, kinds: dict[str, Any]) -> Iterator[str]:
+    """What linears of one row length can have, where that is not everything: a line for each reason."""
+    alike: dict[int, list[str]] = {}
+    for kind, row in kinds.items():
+        if row["excluded"]:
+            alike.setdefault(row["columns"], []).append(kind)
+    for columns, members in alike.items():
+        row = kinds[members[0]]
+        yield f"{target}: rows of {columns} ({', '.join(members)})"
+        yield f"  take {', '.join(row['formats'])}"
+        reasons: dict[str, list[str]] = {}
+        for fmt, reason in row["excluded"].items():
+            reasons.setdefault(reason, []).append(fmt)
+        for reason, formats in reasons.items():
+            yield f"  not {', '.join(formats)}: {reason}"
 
 
 def _set_threads(threads: int | None) -> None:

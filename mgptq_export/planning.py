@@ -9,7 +9,7 @@ from typing import Any
 
 from mgptq_export.checkpoint import copy_tokenizer, drop_tokens_beyond
 from mgptq_export.layouts import Reach
-from mgptq_export.models import SourceModel, gguf_source, load_shape
+from mgptq_export.models import SourceModel, load_shape
 from mgptq_export.recipe import Recipe
 from mgptq_export.targets import target_named
 from mgptq_export.targets.container_size import container_files
@@ -61,11 +61,8 @@ def plan_model(
 def _tokenizer_files(source: SourceModel) -> Iterator[Path]:
     """A folder with those tokenizer files that a package of the model would have."""
     with tempfile.TemporaryDirectory(prefix="mgptq-tokenizer-") as name:
-        folder, path = Path(name), Path(source.source)
-        if path.is_file():
-            gguf_source.write_gguf_tokenizer(path, gguf_source.open_gguf(path), folder)
-        else:
-            copy_tokenizer(source.tokenizer_folder, folder)
+        folder = Path(name)
+        copy_tokenizer(source.tokenizer_folder, folder)
         drop_tokens_beyond(folder / "tokenizer.json", source.model.get_input_embeddings().weight.shape[0])
         yield folder
 

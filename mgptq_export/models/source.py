@@ -113,11 +113,12 @@ def load_source(source: str, *, device: str = "cpu", trust_remote_code: bool = F
 
 
 def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
-    """Load a model's configuration: as :func:`load_source`, on the ``meta`` device and without a tokenizer."""
+    """Load a model's configuration and tokenizer: as :func:`load_source`, the model on the ``meta`` device."""
     from transformers import AutoModelForCausalLM
 
     path = _model_path(source, weights=False)
-    config = gguf_source.read_gguf_config(gguf_source.open_gguf(path)) if path.is_file() else _read_config(path)
+    reader = gguf_source.open_gguf(path) if path.is_file() else None
+    config = _read_config(path) if reader is None else gguf_source.read_gguf_config(reader)
     family = family_of(config)
     try:
         with torch.device("meta"):
@@ -127,8 +128,13 @@ def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
     except Exception as error:  # a broken configuration raises many kinds
         raise BadInputError(f"{source}: its configuration cannot be used: {error}") from error
     family.prepare(model)
-    folder = path if path.is_dir() else path.parent
-    return SourceModel(_model_name(source), source, family, model, config, folder, None)
+    if reader is None:
+        return SourceModel(_model_name(source), source, family, model, config, path, _read_tokenizer(path))
+    temporary = TemporaryDirectory(prefix="mgptq-tokenizer-")
+    folder = Path(temporary.name)
+    gguf_source.write_gguf_tokenizer(path, reader, folder)
+    tokenizer = _read_tokenizer(folder)
+    return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer, temporary)
 
 
 def _model_path(source: str, *, weights: bool) -> Path:
@@ -251,18 +257,20 @@ def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool, advan
     model, found = result
     _check_complete(found, source)
     advance()
+    return SourceModel(_model_name(source), source, family, model, config, folder, _read_tokenizer(folder))
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer | None:
     for name in ("tokenizer_config.json", "generation_config.json"):
         _check_json_object(folder / name)
     tokenizer_file = folder / "tokenizer.json"
-    tokenizer = None
-    if tokenizer_file.is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise BadInputError(f"{tokenizer_file} cannot be read: {error}") from error
-    else:
+    if not tokenizer_file.is_file():
         logger.warning("%s has no tokenizer.json: packages will only take token ids", folder)
-    return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer)
+        return None
+    try:
+        return Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise BadInputError(f"{tokenizer_file} cannot be read: {error}") from error
 
 
 def _check_json_object(path: Path) -> None:

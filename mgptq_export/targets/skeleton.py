@@ -99,7 +99,7 @@ def make_skeleton(source: SourceModel, recipe: Recipe, layout: Layout, reach: Re
     """The skeleton of a model.
 
     Args:
-        source: a model of shapes, see :func:`mgptq_export.models.load_shape`; its norms and the like become zeros.
+        source: a model of shapes, see :func:`mgptq_export.models.load_shape`; its norms and the like become ones.
         reach: of the layout, for this model.
         folder: holds the tokenizer files.
 
@@ -107,32 +107,30 @@ def make_skeleton(source: SourceModel, recipe: Recipe, layout: Layout, reach: Re
         BudgetError: no format can hold a matrix.
     """
     _materialize_vectors(source.model)
-    embedding = source.model.get_input_embeddings().weight
-    table = [layout.embedding_format(recipe, embedding.shape[1])]
+    rows, columns = source.model.get_input_embeddings().weight.shape
+    table = [layout.embedding_format(recipe, columns)]
     model = QuantizedModel(
         source.family.name,
         source.family.hyperparameters(source.model),
         tuple(_group(group, reach) for group in source.groups()),
-        _linear("token_embd", *embedding.shape, table),
-        None if source.tied else _linear("output", *embedding.shape, table),
+        _linear("token_embd", rows, columns, table),
+        None if source.tied else _linear("output", rows, columns, table),
         source.family.other_tensors(source.model),
     )
     quantization = {"name": source.name, "recipe": recipe.to_json()}
-    # The configuration of a GGUF source is the one that transformers completes.
-    known = source.model.config.to_dict() if Path(source.source).is_file() else source.config
-    checkpoint = Checkpoint(folder, model, {**known, "quantization_config": quantization})
+    checkpoint = Checkpoint(folder, model, {**source.config, "quantization_config": quantization})
     budget = math.floor(min(recipe.bits, reach.highest) * model.linear_weights) // 8
-    return Skeleton(checkpoint, _golden(len(source.layers), embedding.shape[0], recipe), reach.formats, budget)
+    return Skeleton(checkpoint, _golden(len(source.layers), rows, recipe), reach.formats, budget)
 
 
 def _materialize_vectors(model: nn.Module) -> None:
-    """Give norms, biases and rotary frequencies values: zeros."""
+    """Give norms, biases and rotary frequencies values: ones, as exporters leave out biases of zeros."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.dim() == 1:
-                setattr(module, name, nn.Parameter(torch.zeros(parameter.shape), requires_grad=False))
+                setattr(module, name, nn.Parameter(torch.ones(parameter.shape), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.zeros(buffer.shape))
+            setattr(module, name, torch.ones(buffer.shape))
 
 
 def _group(group: GroupModules, reach: Reach) -> InputGroup:

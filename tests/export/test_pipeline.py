@@ -20,7 +20,6 @@ from mgptq_export.evaluation import evaluate, evaluation_windows
 from mgptq_export.inspection import inspect_package
 from mgptq_export.layouts import COLUMNS
 from mgptq_export.models import load_source
-from mgptq_export.planning import plan_model
 from mgptq_export.targets import TARGETS, Target
 from mgptq_export.targets.onnx import read_onnx_weights
 from mgptq_runtime.check import check_backend
@@ -425,7 +424,7 @@ def test_a_window_beyond_the_context_is_refused(even_model, tmp_path, text_file)
     assert list(tmp_path.iterdir()) == []
 
 
-# Inspect and plan
+# Inspect
 
 
 def test_inspect_counts_every_weight_once(package):
@@ -444,42 +443,6 @@ def test_inspect_counts_every_weight_once(package):
     assert set(kinds["token_embd"]["weights_by_format"]) == {"b4"}
     for kind in linear_kinds:
         assert set(kinds[kind]["weights_by_format"]) <= set(layout["formats"])
-
-
-def test_plan_says_what_run_delivers(package):
-    planned = plan_model(str(package.model), RECIPE, BOTH)
-    assert (planned["name"], planned["family"]) == (package.model.name, "llama")
-    assert planned["linear_weights"] == package.manifest["bits"]["linear_weights"]
-    model = read_checkpoint(package.folder / "quantized").model
-    matrices = [*model.linears(), model.embedding, *([model.head] if model.head else [])]
-    stored = sum(linear.stored_bytes for linear in matrices) + sum(group.permutation_bytes for group in model.groups)
-    stored += sum(tensor.nbytes for name, tensor in model.tensors.items() if name.endswith("norm"))
-    for target in BOTH:
-        found = planned["targets"][target]
-        assert found["reachable"] and found["lowest_bits"] < RECIPE.bits < found["highest_bits"]
-        assert 0 <= found["weight_bytes"] - stored <= 0.05 * model.linear_weights / 8 + 1
-
-
-@pytest.mark.parametrize("bits, reachable", [(1.2, False), (1.3, True), (8.3, True), (8.5, False)])
-def test_plan_and_run_agree_on_what_is_reachable(even_model, tmp_path, bits, reachable):
-    recipe = replace(QUICK, bits=bits)
-    assert plan_model(str(even_model), recipe, ["container"])["targets"]["container"]["reachable"] is reachable
-    if reachable:
-        assert (
-            bits - 0.05
-            < pipeline.run(str(even_model), tmp_path / "out", recipe, BOTH, export_targets=False)["bits"]["stored"]
-            <= bits
-        )
-    else:
-        with pytest.raises(BudgetError):
-            pipeline.run(str(even_model), tmp_path / "out", recipe, BOTH, export_targets=False)
-
-
-def test_plan_reads_no_weights(even_model, tmp_path):
-    (tmp_path / "shape").mkdir()
-    shutil.copy(even_model / "config.json", tmp_path / "shape")
-    planned = plan_model(str(tmp_path / "shape"), RECIPE, BOTH)
-    assert planned["targets"] == plan_model(str(even_model), RECIPE, BOTH)["targets"]
 
 
 def test_a_model_without_a_tokenizer_can_be_packed_and_checked(even_model, tmp_path):

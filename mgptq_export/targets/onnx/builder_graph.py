@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def _builder_config(config: Any) -> Any:
 def _graph_builder(checkpoint: Checkpoint, config: Any) -> Any:
     """The family's builder class; where it has numbers of its own, the runtime's family decides."""
     decoder, family = decoder_of(checkpoint.model), FAMILIES[checkpoint.model.family]
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # official builds of the library report their use by default
     family_builder: Any = getattr(importlib.import_module("onnxruntime_genai.models.builders"), family.onnx_builder)
 
     class GraphBuilder(family_builder):

@@ -27,7 +27,7 @@ __all__ = ["onnx_files"]
 SCALE_BYTES = 2
 LEVELS = {MODEL: FAST_LEVEL, EXACT_MODEL: EXACT_LEVEL}
 # How many formats the allocator gives a linear: a guess that only the graphs' sizes depend on.
-USUAL_SEGMENTS = 3
+USUAL_SEGMENTS = 2
 
 
 def onnx_files(skeleton: Skeleton) -> list[PlannedFile]:
