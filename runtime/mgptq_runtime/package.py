@@ -175,7 +175,10 @@ class Package:
             has = {"numpy": CONTAINER_FILE in manifest.files, "onnx": f"{ONNX_FOLDER}/model.onnx" in manifest.files}
             self.backends = tuple(name for name in BACKENDS if has[name])
         if not self.backends:
-            raise PackageError(f"{path} holds neither {CONTAINER_FILE} nor {ONNX_FOLDER}/model.onnx; nothing runs here")
+            raise PackageError(
+                f"{path} holds neither {CONTAINER_FILE} nor {ONNX_FOLDER}/model.onnx, so nothing runs here; a file in "
+                "llama.cpp/ runs in llama.cpp; for this program, run the export with --targets container,onnx"
+            )
 
     @property
     def name(self) -> str:
