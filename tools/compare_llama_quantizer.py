@@ -43,7 +43,6 @@ PEERS: dict[str, Callable[[str], str]] = {
     "pure Q2_K": lambda kind: "q2_k",
     # What llama-quantize makes of Q2_K where fewer than four query heads share a key.
     "Q2_K": lambda kind: "q3_k" if kind in ("attn_v", "attn_output", "ffn_down") else "q2_k",
-    "pure Q3_K": lambda kind: "q3_k",
 }
 
 
@@ -108,7 +107,7 @@ def perplexity(path: Path, windows: torch.Tensor, title: str) -> float:
     half, total = WINDOW // 2, 0.0
     with LlamaModel(path) as model, track(title, len(windows)) as advance:
         for window in windows:
-            found = logits(model, window.tolist())[half - 1 : -1].astype(np.float64)
+            found = logits(model, window.tolist(), threads=torch.get_num_threads())[half - 1 : -1].astype(np.float64)
             shifted = found - found.max(-1, keepdims=True)
             chosen = np.take_along_axis(shifted, window[half:, None].numpy(), -1)
             total -= float((chosen - np.log(np.exp(shifted).sum(-1, keepdims=True))).sum())

@@ -225,7 +225,7 @@ class LlamaModel:
         return None if template is None else template.decode()
 
 
-def logits(model: LlamaModel, token_ids: Sequence[int], *, context: int | None = None) -> np.ndarray:
+def logits(model: LlamaModel, token_ids: Sequence[int], *, context: int | None = None, threads: int = 1) -> np.ndarray:
     """Logits of every position: float32 [sequence, vocabulary].
 
     Args:
@@ -235,7 +235,7 @@ def logits(model: LlamaModel, token_ids: Sequence[int], *, context: int | None =
     params = loaded.llama_context_default_params()
     params.n_ctx = context or count
     params.n_batch = params.n_ubatch = count
-    params.n_threads = params.n_threads_batch = 1
+    params.n_threads = params.n_threads_batch = threads
     params.flash_attn_type = FLASH_ATTENTION_OFF
     params.type_k = params.type_v = F32  # what is looked at is the weights
     pointer = loaded.llama_init_from_model(model.pointer, params)

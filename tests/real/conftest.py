@@ -43,11 +43,12 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def package(smollm2: Path, held_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M at 2.5 stored bits, both targets, evaluated."""
+    """SmolLM2-135M at 2.5 stored bits, all targets, evaluated."""
     calibration = DATA / "c4-calibration.jsonl"
     recipe = Recipe(bits=2.5, calibration=str(calibration) if calibration.is_file() else "self")
     out = tmp_path_factory.mktemp("package") / "smollm2"
-    pipeline.run(str(smollm2), out, recipe, ["container", "onnx"], text=pipeline.EvaluationText(held_out, windows=30))
+    text = pipeline.EvaluationText(held_out, windows=30)
+    pipeline.run(str(smollm2), out, recipe, ["container", "onnx", "llama.cpp"], text=text)
     return out
 
 

@@ -10,14 +10,20 @@ import numpy as np
 import onnxruntime_genai
 import pytest
 import torch
+from llama_cpp import LlamaModel, logits
 
+from mgptq_export.calibration import file_tokens
 from mgptq_export.checkpoint import read_checkpoint
 from mgptq_export.models import load_quantized_weights, load_source
+from mgptq_export.planning import plan_model
+from mgptq_export.recipe import Recipe
 from mgptq_export.targets.onnx import read_onnx_weights
 from mgptq_runtime.package import open_package
 from mgptq_runtime.quantized_model import QuantizedModel
 
 pytestmark = pytest.mark.slow
+
+LLAMA_CPP_AGREEMENT = 0.99
 
 
 def dequantized(model: QuantizedModel) -> dict[str, np.ndarray]:
@@ -134,20 +140,87 @@ def test_generates_the_same_text_on_both_backends_at_full_precision(package: Pat
     assert numpy["text"].strip()
 
 
-def test_genai_runs_the_onnx_package_as_it_is(package: Path) -> None:
-    """Our ONNX backend is trusted."""
-    backend = open_package(package).backend("onnx")
-    prompt = [1, 9690, 198, 2683, 359, 253]
-    model = onnxruntime_genai.Model(str(package / "onnx"))
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "def fibonacci(n):",
+    "List three uses of a paper clip.",
+    "The history of the Roman Empire begins",
+)
+
+
+def genai_greedy(folder: Path, prompt: str, count: int) -> tuple[list[int], list[int]]:
+    """The prompt's tokens, as a chat's first message, and the tokens that follow."""
+    model = onnxruntime_genai.Model(str(folder))
+    tokenizer = onnxruntime_genai.Tokenizer(model)
+    chat = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": prompt}]), add_generation_prompt=True)
+    start = tokenizer.encode(chat).tolist()
     params = onnxruntime_genai.GeneratorParams(model)
-    params.set_search_options(max_length=24, do_sample=False)
+    params.set_search_options(max_length=len(start) + count, do_sample=False)
     generator = onnxruntime_genai.Generator(model, params)
-    generator.append_tokens(prompt)
+    generator.append_tokens(start)
     while not generator.is_done():
         generator.generate_next_token()
-    found = list(generator.get_sequence(0))[len(prompt) :]
-    cache, tokens, ids = backend.new_cache(), [], np.array([prompt])
-    for _ in found:
-        tokens.append(int(backend.forward(ids, cache)[0, -1].argmax()))
-        ids = np.array([[tokens[-1]]])
-    assert found == tokens
+    return start, list(generator.get_sequence(0))[len(start) :]
+
+
+def test_genai_writes_the_text_that_the_onnx_backend_writes(package: Path) -> None:
+    """Our ONNX backend is trusted: greedy, up to 64 tokens for each of 5 prompts, the chat template genai's own."""
+    backend = open_package(package).backend("onnx")
+    written = 0
+    for prompt in PROMPTS:
+        start, found = genai_greedy(package / "onnx", prompt, 64)
+        cache, tokens, ids = backend.new_cache(), [], np.array([start])
+        for _ in found:
+            tokens.append(int(backend.forward(ids, cache)[0, -1].argmax()))
+            ids = np.array([[tokens[-1]]])
+        assert found == tokens
+        written += len(found)
+    assert written >= 64
+
+
+# llama.cpp
+
+
+def gguf_file(package: Path) -> Path:
+    (path,) = (package / "llama.cpp").glob("*.gguf")
+    return path
+
+
+def test_the_llama_cpp_file_is_at_most_54_megabytes_and_as_large_as_planned(package: Path, smollm2: Path) -> None:
+    assert gguf_file(package).name == "SmolLM2-135M-Instruct-MGPTQ-2.5bpw.gguf"
+    size = gguf_file(package).stat().st_size
+    assert size <= 54_000_000
+    planned = plan_model(str(smollm2), Recipe(bits=2.5), ["llama.cpp"])["targets"]["llama.cpp"]["file_bytes"]
+    assert 0.995 * planned <= size <= planned
+
+
+def test_llama_cpp_computes_what_torch_computes_on_the_dequantized_weights(
+    package: Path, smollm2: Path, held_out: Path
+) -> None:
+    """Torch is trusted; 1024 tokens of running text. llama.cpp rounds activations to 8 bits, which moves near ties."""
+    source = load_source(str(smollm2))
+    load_quantized_weights(source, read_checkpoint(package / "quantized-tensors").model)
+    tokens = torch.tensor(file_tokens(held_out, source)[:1024]).view(4, 256)
+    agreeing, divergence = 0, 0.0
+    with LlamaModel(gguf_file(package)) as model, torch.no_grad():
+        for window in tokens:
+            expected = torch.log_softmax(source.model(window[None]).logits[0].double(), -1)
+            found = torch.log_softmax(torch.from_numpy(logits(model, window.tolist())).double(), -1)
+            agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum())
+            divergence += float((expected.exp() * (expected - found)).sum())
+    assert divergence / tokens.numel() <= 0.01
+    assert agreeing / tokens.numel() >= LLAMA_CPP_AGREEMENT
+
+
+def test_llama_cpp_scores_at_most_1_35_times_the_containers_perplexity(manifest: dict[str, Any]) -> None:
+    """Same budget, whole tensors instead of blocks of columns."""
+    results = manifest["evaluation"]["results"]
+    assert results["llama.cpp_checkpoint"]["perplexity"] <= 1.35 * results["checkpoint"]["perplexity"]
+
+
+def test_llama_cpp_tokenizes_as_the_model_does(package: Path, smollm2: Path, held_out: Path) -> None:
+    source, text = load_source(str(smollm2)), held_out.read_text()[:20_000]
+    assert source.tokenizer is not None
+    with LlamaModel(gguf_file(package), vocab_only=True) as model:
+        assert model.tokenize(text) == source.tokenizer.encode(text, add_special_tokens=False).ids
