@@ -30,6 +30,10 @@ def _split(context: click.Context, parameter: click.Parameter, value: str) -> li
     return list(dict.fromkeys(names))
 
 
+def _types(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip().lower() for name in value.split(",") if name.strip()))
+
+
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         for option in reversed(options):
@@ -48,6 +52,12 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device, such as cpu or cuda.")
 THREADS = click.option("--threads", type=click.IntRange(1, 256), help="CPU threads. [default: all cores]")
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings.")
+GGML_TYPES = click.option(
+    "--ggml-types",
+    default="",
+    callback=_types,
+    help="Comma-separated tensor types for llama.cpp, such as q2_0,q4_0. [default: what suits the model]",
+)
 TEXT = _options(
     click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window."),
     click.option("--windows", type=click.IntRange(1), default=30, show_default=True, help="Windows to score."),
@@ -85,6 +95,7 @@ RECIPE = _options(
         help="Storage format of embedding and head: b4 or b8.",
         type=click.Choice(["b4", "b8"]),
     ),
+    GGML_TYPES,
 )
 
 
@@ -251,17 +262,23 @@ def inspect(package: Path, as_json: bool) -> None:
 @click.option("--bits", type=float, default=Recipe.bits, show_default=True)
 @click.option("--embedding-format", type=click.Choice(["b4", "b8"]), default=Recipe.embedding_format, show_default=True)
 @click.option("--targets", default=",".join(TARGET_NAMES), show_default=True, callback=_split, help="Targets to plan.")
+@GGML_TYPES
 @TRUST
 @JSON
 def plan(
-    model: str, bits: float, embedding_format: str, targets: list[str], trust_remote_code: bool, as_json: bool
+    model: str,
+    bits: float,
+    embedding_format: str,
+    targets: list[str],
+    ggml_types: tuple[str, ...],
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Say what MODEL would become at --bits, and which targets can reach it, without running anything."""
     from mgptq_export.planning import plan_model
 
-    planned = plan_model(
-        model, Recipe(bits=bits, embedding_format=embedding_format), targets, trust_remote_code=trust_remote_code
-    )
+    recipe = Recipe(bits=bits, embedding_format=embedding_format, ggml_types=ggml_types)
+    planned = plan_model(model, recipe, targets, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(planned))
         return

@@ -16,7 +16,7 @@ class Recipe:
     """Attributes:
     bits: stored bits per linear weight: codes, scales, padding and permutations.
     formats: what the allocator may choose from for every block, in container and ONNX.
-    ggml_types: what it may choose from for every tensor, in llama.cpp's file.
+    ggml_types: what it may choose from for every tensor, in llama.cpp's file; none: what suits the model.
     embedding_format: of the embedding and the head.
     allocator: ``gnn``, ``hessian`` or ``uniform``.
     calibration: ``self``, a file, or a hub data set.
@@ -29,7 +29,7 @@ class Recipe:
 
     bits: float = 2.5
     formats: tuple[str, ...] = tuple(FORMATS)
-    ggml_types: tuple[str, ...] = tuple(GGML_FORMATS)
+    ggml_types: tuple[str, ...] = ()
     embedding_format: str = "b4"
     allocator: str = "gnn"
     calibration: str = "self"
@@ -46,6 +46,8 @@ class Recipe:
         unknown = {*self.formats, self.embedding_format} - set(FORMATS)
         if unknown or not self.formats:
             raise BadInputError(f"formats {sorted(unknown)} are unknown; choose from {', '.join(FORMATS)}")
+        if unknown := set(self.ggml_types) - set(GGML_FORMATS):
+            raise BadInputError(f"ggml types {sorted(unknown)} are unknown; choose from {', '.join(GGML_FORMATS)}")
         for name in ("samples", "sequence_length", "sensitivity_samples"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}, must be at least 1")

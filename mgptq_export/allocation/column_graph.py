@@ -6,7 +6,7 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from mgptq_export.allocation.linear import LinearProblem
-from mgptq_export.allocation.problem import AllocationProblem
+from mgptq_export.allocation.problem import BlockProblem
 
 __all__ = ["FEATURES", "ColumnGraph", "build_graphs"]
 
@@ -33,7 +33,7 @@ class ColumnGraph:
     units: int
 
 
-def build_graphs(problem: AllocationProblem) -> ColumnGraph:
+def build_graphs(problem: BlockProblem) -> ColumnGraph:
     """Build every linear's column graph; linears of one input group share edges, and differ in their features."""
     graphs, edges_of_factor = [], {}
     linears = problem.linears

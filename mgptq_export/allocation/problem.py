@@ -24,14 +24,6 @@ Allocation = dict[str, tuple[str, ...]]
 COST_CANDIDATES = 6
 
 
-class ErrorSource(Protocol):
-    """Runs the solver on samples."""
-
-    def errors(self, choice: torch.Tensor) -> torch.Tensor:
-        """What every unit would lose in every format, int64 [units] being chosen: float64 [units, formats]."""
-        ...
-
-
 class AllocationProblem(Protocol):
     """What the allocators need of a problem."""
 
@@ -59,14 +51,6 @@ class AllocationProblem(Protocol):
 
     def positions(self) -> torch.Tensor:
         """Where a unit lies, 0 to 1, for upgrades that nothing else puts in order: float32 [units]."""
-        ...
-
-    def unit_of_columns(self, linear: int) -> torch.Tensor:
-        """The unit that each column of a linear belongs to: int64 [columns]."""
-        ...
-
-    def rollout(self, rows: int, generator: torch.Generator) -> ErrorSource:
-        """The solver on so many rows of every linear, drawn by ``generator``."""
         ...
 
     def allocation(self, choice: torch.Tensor) -> Allocation:

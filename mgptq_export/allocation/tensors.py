@@ -8,14 +8,13 @@ import torch
 
 from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
 from mgptq_export.allocation.problem import Allocation
-from mgptq_export.solver import column_importance, solve_tensor, tensor_error
+from mgptq_export.solver import column_importance, tensor_error
 from mgptq_runtime.formats import GGML_FORMATS
 from mgptq_runtime.progress import track
 
 __all__ = ["FileTensor", "TensorProblem"]
 
 COST_CANDIDATES = 6
-SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,6 @@ class TensorProblem:
         """Where in the model a tensor lies, 0 to 1: float32 [units]."""
         return (torch.arange(len(self.tensors)) + 0.5) / len(self.tensors)
 
-    def unit_of_columns(self, linear: int) -> torch.Tensor:
-        """The tensor that a linear belongs to, for each of its columns: int64 [columns]."""
-        unit = next(i for i, tensor in enumerate(self.tensors) if linear in tensor.linears)
-        return torch.full((self.linears[linear].weight.shape[1],), unit)
-
     def allocation(self, choice: torch.Tensor) -> Allocation:
         """Name the chosen types, int64 [units]."""
         chosen = [options[i] for options, i in zip(self.options, choice.tolist(), strict=True)]
@@ -108,10 +102,6 @@ class TensorProblem:
                 advance()
         return beyond_quadratic(torch.tensor(table, dtype=torch.float64), self.energies())
 
-    def rollout(self, rows: int, generator: torch.Generator) -> "SolvedTensors":
-        """The solver on a sample of rows; the allocator's own number is too few for types with nested scales."""
-        return SolvedTensors(self, max(rows, SAMPLED_ROWS), generator)
-
 
 def _tensor_bits(linear: LinearProblem, name: str) -> int:
     fmt = GGML_FORMATS[name]
@@ -127,31 +117,3 @@ def _rounding_loss(linear: LinearProblem, name: str) -> float:
     importance = column_importance(linear.factor.upper, linear.weight.shape[1])
     errors = tensor_error(linear.weight, importance, name, COST_CANDIDATES)
     return float((errors.double() * linear.sensitivity.double()).sum())
-
-
-class SolvedTensors:
-    """What the solver really loses in every type, on sampled rows; no tensor's error depends on another's type."""
-
-    def __init__(self, problem: TensorProblem, rows: int, generator: torch.Generator) -> None:
-        table = []
-        with track("Solving samples of each tensor", len(problem.tensors)) as advance:
-            for tensor, options in zip(problem.tensors, problem.options, strict=True):
-                known = dict.fromkeys(tensor.formats, 0.0)
-                for i in tensor.linears:
-                    linear = problem.linears[i]
-                    drawn = torch.randint(linear.rows, (min(rows, linear.rows),), generator=generator)
-                    for name in known:
-                        known[name] += _solved_loss(linear, drawn, name)
-                table.append([known[name] for name in options])
-                advance()
-        self._errors = beyond_quadratic(torch.tensor(table, dtype=torch.float64), problem.energies())
-
-    def errors(self, choice: torch.Tensor) -> torch.Tensor:
-        """float64 [units, types], whatever int64 [units] is chosen."""
-        return self._errors
-
-
-def _solved_loss(linear: LinearProblem, rows: torch.Tensor, name: str) -> float:
-    solution = solve_tensor(linear.weight[rows], linear.factor.upper, name, candidates=COST_CANDIDATES)
-    errors = solution.block_errors.sum(1) * linear.sensitivity[rows].double()
-    return float(errors.sum()) * linear.rows / len(rows)

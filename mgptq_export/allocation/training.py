@@ -8,7 +8,7 @@ import torch
 from mgptq_export.allocation.budget import cheapest_within, price_for
 from mgptq_export.allocation.column_graph import build_graphs
 from mgptq_export.allocation.network import AllocatorNetwork
-from mgptq_export.allocation.problem import Allocation, AllocationProblem
+from mgptq_export.allocation.problem import Allocation, BlockProblem
 from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
 
@@ -27,7 +27,7 @@ class _Assignment:
     soft: torch.Tensor  # float64 [units, formats], one-hot forward, probabilities backward
 
 
-def allocate_by_gnn(problem: AllocationProblem, steps: int, seed: int) -> Allocation:
+def allocate_by_gnn(problem: BlockProblem, steps: int, seed: int) -> Allocation:
     """Train the network on this model, and allocate as it says.
 
     At every step the network's costs are priced so that the cheapest assignment meets the budget; an assignment is

@@ -6,13 +6,7 @@ from typing import Protocol
 
 import torch
 
-from mgptq_export.allocation import (
-    Allocation,
-    AllocationProblem,
-    allocate_by_gnn,
-    allocate_by_hessian,
-    allocate_uniformly,
-)
+from mgptq_export.allocation import Allocation
 from mgptq_export.calibration import ModelStatistics
 from mgptq_export.families import GroupModules
 from mgptq_export.models import SourceModel
@@ -20,7 +14,7 @@ from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BudgetError
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear
 
-__all__ = ["BITS_WINDOW", "Allocated", "Calibration", "Layout", "Reach", "allocate_as_asked", "check_delivered"]
+__all__ = ["BITS_WINDOW", "Allocated", "Calibration", "Layout", "Reach", "check_delivered"]
 
 BITS_WINDOW = 0.05
 
@@ -111,13 +105,6 @@ class Layout(Protocol):
     def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
         """Quantize embedding or head, float32 [vocabulary, hidden]; its columns keep their order."""
         ...
-
-
-def allocate_as_asked(problem: AllocationProblem, recipe: Recipe) -> Allocation:
-    """Run the recipe's allocator."""
-    if recipe.allocator == "gnn":
-        return allocate_by_gnn(problem, recipe.training_steps, recipe.seed)
-    return allocate_by_hessian(problem) if recipe.allocator == "hessian" else allocate_uniformly(problem)
 
 
 def check_delivered(delivered: float, recipe: Recipe, unit: str) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from mgptq_export.allocation import FileTensor, TensorProblem
+from mgptq_export.allocation import FileTensor, TensorProblem, allocate_by_hessian, allocate_uniformly
 from mgptq_export.families import GroupModules
-from mgptq_export.layouts.base import Allocated, Calibration, Reach, allocate_as_asked, check_delivered
+from mgptq_export.layouts.base import Allocated, Calibration, Reach, check_delivered
 from mgptq_export.layouts.columns import linear_problems, natural_orders
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
@@ -16,6 +16,8 @@ from mgptq_runtime.formats import GGML_FORMATS
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear
 
 __all__ = ["TensorLayout"]
+
+SUPER_BLOCK_COLUMNS = 256
 
 # For embedding and head, by the recipe's format: types of as many bits, the better one first.
 TABLE_TYPES = {"b1": ("q1_0",), "b2": ("q2_0",), "b3": ("q3_k",), "b4": ("q4_k", "q4_0"), "b8": ("q8_0",)}
@@ -31,16 +33,15 @@ class TensorLayout:
         """A type needs rows of whole blocks."""
         lowest = highest = weights = 0.0
         formats, excluded = {}, {}
+        types = types_of(source, recipe)
         columns = {name: module.in_features for group in source.groups() for name, module in group.modules.items()}
         rows = {name: module.out_features for group in source.groups() for name, module in group.modules.items()}
         for name, width in columns.items():
             kind = name.split(".")[-1]
-            possible = types_for(width, recipe.ggml_types, name)
+            possible = types_for(width, types, name)
             formats[kind] = possible
             excluded[kind] = {
-                other: f"rows of {width} are not whole blocks of {GGML_FORMATS[other].block_columns}"
-                for other in recipe.ggml_types
-                if other not in possible
+                other: _why_not(width, other) for other in (recipe.ggml_types or GGML_FORMATS) if other not in possible
             }
             weights += rows[name] * width
             lowest += rows[name] * width * GGML_FORMATS[possible[0]].bits_per_weight
@@ -53,15 +54,14 @@ class TensorLayout:
         return types_for(columns, TABLE_TYPES[recipe.embedding_format], "token_embd", sort=False)[0]
 
     def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe) -> Allocated:
-        """Tensors compete."""
+        """Tensors compete, by the greedy rule: the network decides among column blocks, which tensors do not have."""
         orders = natural_orders(calibration)
         linears = list(linear_problems(source, calibration, orders, recipe))
         weights = sum(linear.weight.numel() for linear in linears)
-        tensors = file_tensors(
-            {linear.name: linear.weight.shape[1] for linear in linears}, source.family.gguf_fused, recipe.ggml_types
-        )
+        columns = {linear.name: linear.weight.shape[1] for linear in linears}
+        tensors = file_tensors(columns, source.family.gguf_fused, types_of(source, recipe))
         problem = TensorProblem(linears, tensors, int(recipe.bits * weights))
-        formats = allocate_as_asked(problem, recipe)
+        formats = allocate_uniformly(problem) if recipe.allocator == "uniform" else allocate_by_hessian(problem)
         check_delivered(problem.stored_bits(formats) / weights, recipe, "tensors")
         return Allocated(formats, orders)
 
@@ -110,6 +110,27 @@ class _TensorsOfOneInput:
             factor = factorize(self._hessian, order, self._damping, self._name)
             self._factors[width] = order, factor.upper
         return self._factors[width]
+
+
+def types_of(source: SourceModel, recipe: Recipe) -> tuple[str, ...]:
+    """The types that tensors may choose from: the recipe's, or those with one scale per block, and K-quants too where
+    they fit every linear.
+
+    Where K-quants fit some linears only, these draw bits that others need more; and llama.cpp rounds their inputs with
+    one scale for 256 values instead of 32.
+    """
+    if recipe.ggml_types:
+        return recipe.ggml_types
+    widths = {group.columns for group in source.groups()}
+    k_quants = all(width % SUPER_BLOCK_COLUMNS == 0 for width in widths)
+    return tuple(name for name, fmt in GGML_FORMATS.items() if k_quants or fmt.block_columns < SUPER_BLOCK_COLUMNS)
+
+
+def _why_not(columns: int, name: str) -> str:
+    block = GGML_FORMATS[name].block_columns
+    if columns % block:
+        return f"rows of {columns} are not whole blocks of {block}"
+    return f"do not fit every linear, see --ggml-types"
 
 
 def types_for(columns: int, types: tuple[str, ...], name: str, *, sort: bool = True) -> tuple[str, ...]:
