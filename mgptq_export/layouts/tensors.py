@@ -130,7 +130,7 @@ def _why_not(columns: int, name: str) -> str:
     block = GGML_FORMATS[name].block_columns
     if columns % block:
         return f"rows of {columns} are not whole blocks of {block}"
-    return f"do not fit every linear, see --ggml-types"
+    return "do not fit every linear, see --ggml-types"
 
 
 def types_for(columns: int, types: tuple[str, ...], name: str, *, sort: bool = True) -> tuple[str, ...]:
