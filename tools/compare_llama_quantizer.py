@@ -19,6 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from ablation import named_files
 from demo import smollm2_file
 from llama_cpp import LlamaModel, logits, quantize_rows
 
@@ -151,16 +152,9 @@ def compare(
         yield measure(f"mgptq-export at {recipe.bits:.3f} bits", path, ours, source, texts, windows)
 
 
-def _texts(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
-    pairs = [value.partition("=") for value in values]
-    if not all(name and path for name, _, path in pairs):
-        raise click.BadParameter("give NAME=FILE")
-    return {name: Path(path) for name, _, path in pairs}
-
-
 @click.command()
 @click.option("--calibration", required=True, help="Calibration text.")
-@click.option("--text", "texts", multiple=True, required=True, callback=_texts, help="NAME=FILE, may be repeated.")
+@click.option("--text", "texts", multiple=True, required=True, callback=named_files, help="NAME=FILE, may be repeated.")
 @click.option("--windows", default=30, show_default=True)
 @click.option("--allocator", default="gnn", show_default=True)
 def main(calibration: str, texts: dict[str, Path], windows: int, allocator: str) -> None:

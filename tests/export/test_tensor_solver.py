@@ -1,12 +1,9 @@
 """Linears solved in one ggml type: against llama.cpp's own quantizer, and on weights that break careless fits."""
 
-import ctypes
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from llama_cpp import quantize_rows
 
 from mgptq_export.solver import (
     TensorSolution,
@@ -61,40 +58,24 @@ def upper(hessian) -> torch.Tensor:
     return factor_of(hessian)
 
 
-@pytest.fixture(scope="module")
-def llama() -> ctypes.CDLL:
-    """The library of the xllamacpp wheel, whose C functions are exported."""
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        pytest.skip("xllamacpp is not installed")
-    [library] = Path(spec.origin).parent.glob("xllamacpp*.so")
-    return ctypes.CDLL(str(library))
-
-
-def quantized_by_llama(
-    llama: ctypes.CDLL, fmt: GgmlFormat, weight: torch.Tensor, importance: torch.Tensor
-) -> torch.Tensor:
-    rows, columns = weight.shape
-    arrays = weight.numpy(), np.zeros((rows, columns // fmt.block_columns * fmt.block_bytes), np.uint8)
-    weights, out, matrix = (ctypes.c_void_p(array.ctypes.data) for array in (*arrays, importance.float().numpy()))
-    llama.ggml_quantize_chunk.restype = ctypes.c_size_t
-    size = [ctypes.c_int64(number) for number in (0, rows, columns)]
-    assert llama.ggml_quantize_chunk(fmt.ggml_type, weights, out, *size, matrix) == arrays[1].size
-    return torch.from_numpy(fmt.dequantize(arrays[1]))
+def quantized_by_llama(fmt: GgmlFormat, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    row_bytes = weight.shape[1] // fmt.block_columns * fmt.block_bytes
+    data = quantize_rows(fmt.ggml_type, weight.numpy(), row_bytes, importance.float().numpy())
+    return torch.from_numpy(fmt.dequantize(data))
 
 
 @pytest.mark.parametrize("name", ALL_TYPES)
-def test_the_solved_error_is_far_below_llama_cpps(llama, hessian, upper, name):
+def test_the_solved_error_is_far_below_llama_cpps(hessian, upper, name):
     weight = random_weight()
-    theirs = quantized_by_llama(llama, GGML_FORMATS[name], weight, hessian.diagonal())
+    theirs = quantized_by_llama(GGML_FORMATS[name], weight, hessian.diagonal())
     ours = solve_tensor(weight, upper, name).dequantize()
     assert output_error(weight, ours, hessian) < 0.8 * output_error(weight, theirs, hessian)
 
 
 @pytest.mark.parametrize("name", ALL_TYPES)
-def test_without_compensation_the_fit_alone_beats_llama_cpps(llama, hessian, name):
+def test_without_compensation_the_fit_alone_beats_llama_cpps(hessian, name):
     weight, importance = random_weight(), hessian.diagonal().float()
-    theirs = quantized_by_llama(llama, GGML_FORMATS[name], weight, importance)
+    theirs = quantized_by_llama(GGML_FORMATS[name], weight, importance)
     errors = ((weight - theirs).square() * importance).sum(1)
     assert tensor_error(weight, importance, name).sum() < 0.97 * errors.sum()
 

@@ -1,12 +1,11 @@
 """Stock ggml types against llama.cpp and gguf-py, which are trusted."""
 
 import ctypes
-import importlib.util
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from llama_cpp import library, quantize_rows
 
 from mgptq_runtime.errors import ContainerError
 from mgptq_runtime.formats import FORMATS, GGML_FORMATS, BlockParameters, GgmlFormat, format_named
@@ -16,42 +15,14 @@ ALL_TYPES = list(GGML_FORMATS)
 OF_GGUF_PY = ["q4_0", "q8_0", "q2_k", "q3_k", "q4_k", "q6_k"]
 
 
-@pytest.fixture(scope="module")
-def llama() -> ctypes.CDLL:
-    """The library of the xllamacpp wheel, whose C functions are exported."""
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        pytest.skip("xllamacpp is not installed")
-    [library] = Path(spec.origin).parent.glob("xllamacpp*.so")
-    return ctypes.CDLL(str(library))
-
-
 def floats(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def llama_dequantize(llama: ctypes.CDLL, fmt: GgmlFormat, data: np.ndarray) -> np.ndarray:
+def llama_dequantize(fmt: GgmlFormat, data: np.ndarray) -> np.ndarray:
     out = np.empty((len(data), data.shape[1] // fmt.block_bytes * fmt.block_columns), np.float32)
-    function = getattr(llama, f"dequantize_row_{fmt.name.replace('_k', '_K')}")
+    function = getattr(library(), f"dequantize_row_{fmt.name.replace('_k', '_K')}")
     function(floats(data), floats(out), ctypes.c_int64(out.size))
-    return out
-
-
-def llama_quantize(llama: ctypes.CDLL, fmt: GgmlFormat, weight: np.ndarray) -> np.ndarray:
-    rows, columns = weight.shape
-    out = np.zeros((rows, columns // fmt.block_columns * fmt.block_bytes), np.uint8)
-    importance = np.ones(columns, np.float32)
-    llama.ggml_quantize_chunk.restype = ctypes.c_size_t
-    written = llama.ggml_quantize_chunk(
-        fmt.ggml_type,
-        floats(weight),
-        floats(out),
-        ctypes.c_int64(0),
-        ctypes.c_int64(rows),
-        ctypes.c_int64(columns),
-        floats(importance),
-    )
-    assert written == out.size
     return out
 
 
@@ -77,11 +48,11 @@ def assert_same_parameters(found: BlockParameters, expected: BlockParameters) ->
 
 
 @pytest.mark.parametrize("name", ALL_TYPES)
-def test_llama_cpp_reads_packed_blocks_bit_for_bit(llama, name):
+def test_llama_cpp_reads_packed_blocks_bit_for_bit(name):
     fmt = GGML_FORMATS[name]
     data = fmt.pack(*random_block(fmt))
     assert data.shape == (5, 3 * fmt.block_bytes)
-    assert fmt.dequantize(data).tobytes() == llama_dequantize(llama, fmt, data).tobytes()
+    assert fmt.dequantize(data).tobytes() == llama_dequantize(fmt, data).tobytes()
 
 
 @pytest.mark.parametrize("name", OF_GGUF_PY)
@@ -116,11 +87,11 @@ def test_unpack_is_the_inverse_of_pack(name):
 
 
 @pytest.mark.parametrize("name", ALL_TYPES)
-def test_blocks_of_llama_cpps_quantizer_are_read_bit_for_bit(llama, name):
+def test_blocks_of_llama_cpps_quantizer_are_read_bit_for_bit(name):
     fmt = GGML_FORMATS[name]
     weight = np.random.default_rng(7).standard_normal((4, 512)).astype(np.float32) * np.float32(0.1)
-    data = llama_quantize(llama, fmt, weight)
-    assert fmt.dequantize(data).tobytes() == llama_dequantize(llama, fmt, data).tobytes()
+    data = quantize_rows(fmt.ggml_type, weight, weight.shape[1] // fmt.block_columns * fmt.block_bytes)
+    assert fmt.dequantize(data).tobytes() == llama_dequantize(fmt, data).tobytes()
     codes, parameters = fmt.unpack(data)
     assert np.array_equal(fmt.pack(codes, parameters), data)
 
