@@ -9,7 +9,9 @@ quantized/
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ __all__ = [
     "copy_tokenizer",
     "drop_tokens_beyond",
     "read_checkpoint",
+    "tokenizer_files",
     "write_checkpoint",
 ]
 
@@ -74,6 +77,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+@contextmanager
+def tokenizer_files(source: Path, vocabulary_size: int) -> Iterator[Path]:
+    """A temporary folder with those tokenizer files that a checkpoint of a model would have."""
+    with tempfile.TemporaryDirectory(prefix="mgptq-tokenizer-") as name:
+        folder = Path(name)
+        copy_tokenizer(source, folder)
+        drop_tokens_beyond(folder / "tokenizer.json", vocabulary_size)
+        yield folder
 
 
 def write_checkpoint(

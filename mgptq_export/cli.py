@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mgptq_export.recipe import ALLOCATORS, Recipe
 from mgptq_runtime.errors import MgptqError
-from mgptq_runtime.signals import exit_on_signals
+from mgptq_runtime.signals import exit_on_signals, ignore_signals
 
 __all__ = ["cli", "main"]
 
@@ -376,3 +376,5 @@ def main() -> None:
     except MgptqError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
+    finally:
+        ignore_signals()

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from mgptq_export.calibration import file_tokens
-from mgptq_export.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from mgptq_export.checkpoint import Checkpoint, read_checkpoint, tokenizer_files, write_checkpoint
 from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_windows, torch_scorer
 from mgptq_export.golden import make_golden
 from mgptq_export.layouts import COLUMNS, LAYOUTS, Calibration, Layout
@@ -176,6 +176,7 @@ def run(
             target_named(target).check_config(source.model.config)
         for layout in layouts:
             check_budget(source, recipe, layout)
+        _check_tokenizer(source, targets)
         windows = _windows(source, text) if text else None
         original = source.copy() if text else source
         calibration = calibrate(source, recipe)
@@ -187,6 +188,14 @@ def run(
             quality = evaluate(windows, torch_scorer(original.model), _scorers(source, solved, folder, written))
             manifest = _write_manifest(folder, solved, written, _evaluation_json(text, windows, quality))
         return manifest
+
+
+def _check_tokenizer(source: SourceModel, targets: Sequence[str]) -> None:
+    """Refuse tokenizer files that a target cannot hold now, and not after hours of work."""
+    rows = source.model.get_input_embeddings().weight.shape[0]
+    with tokenizer_files(source.tokenizer_folder, rows) as folder:
+        for target in targets:
+            target_named(target).check_tokenizer(folder, rows, source.config)
 
 
 def _layouts_of(targets: Sequence[str]) -> list[Layout]:

@@ -1,13 +1,11 @@
 """Looking ahead at a model: which targets can reach which bits, why, and how large the files will be."""
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mgptq_export.checkpoint import copy_tokenizer, drop_tokens_beyond
+from mgptq_export.checkpoint import tokenizer_files
 from mgptq_export.layouts import Reach
 from mgptq_export.models import SourceModel, load_shape
 from mgptq_export.recipe import Recipe
@@ -46,7 +44,8 @@ def plan_model(
     """
     source = load_shape(model, trust_remote_code=trust_remote_code)
     linear_weights = sum(m.out_features * m.in_features for g in source.groups() for m in g.modules.values())
-    with _tokenizer_files(source) as folder:
+    rows = source.model.get_input_embeddings().weight.shape[0]
+    with tokenizer_files(source.tokenizer_folder, rows) as folder:
         planned = {name: _plan_target(source, recipe, name, folder) for name in targets}
     return {
         "name": source.name,
@@ -55,16 +54,6 @@ def plan_model(
         "bits": recipe.bits,
         "targets": planned,
     }
-
-
-@contextmanager
-def _tokenizer_files(source: SourceModel) -> Iterator[Path]:
-    """A folder with those tokenizer files that a package of the model would have."""
-    with tempfile.TemporaryDirectory(prefix="mgptq-tokenizer-") as name:
-        folder = Path(name)
-        copy_tokenizer(source.tokenizer_folder, folder)
-        drop_tokens_beyond(folder / "tokenizer.json", source.model.get_input_embeddings().weight.shape[0])
-        yield folder
 
 
 def _plan_target(source: SourceModel, recipe: Recipe, name: str, folder: Path) -> dict[str, Any]:

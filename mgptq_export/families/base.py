@@ -58,6 +58,7 @@ class Family:
         groups: input groups in forward order: canonical group to canonical linear to path.
         norms: canonical norm to path.
         norm_offset: what Hugging Face adds to a norm's weight before it multiplies.
+        full_attention_only: no layer may have another kind of attention.
         rotary_pairs: llama.cpp keeps the rows of q and k as rotary pairs, not as two halves.
         gguf_tensors: fused tensors of llama.cpp's files: name to the path of Hugging Face's fused module.
         gguf_fused: linears that llama.cpp's files hold as one tensor, by its name, rows one after another.
@@ -84,6 +85,7 @@ class Family:
     }
     norms: ClassVar[Mapping[str, str]] = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     norm_offset: ClassVar[float] = 0.0
+    full_attention_only: ClassVar[bool] = True
     rotary_pairs: ClassVar[bool] = False
     gguf_tensors: ClassVar[Mapping[str, str]] = {}
     gguf_fused: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -103,12 +105,24 @@ class Family:
                 f"supported: {self.activation}"
             )
         for rope in self.rope_settings(config):
+            if not isinstance(rope, Mapping):
+                raise UnsupportedModelError(f"rotary parameters {rope!r} are not supported; supported: a JSON object")
             kind = rope.get("rope_type") or rope.get("type") or "default"
             if kind not in self.rope_types:
                 raise UnsupportedModelError(
                     f"rotary type {kind!r} is not supported for {self.name} models; "
                     f"supported: {', '.join(self.rope_types)}"
                 )
+        types = config.get("layer_types")
+        if self.full_attention_only and isinstance(types, list) and set(types) - {"full_attention"}:
+            raise UnsupportedModelError(
+                f"layer_types {types} are not supported for {self.name} models; supported: full_attention everywhere"
+            )
+        window = config.get("sliding_window")
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise UnsupportedModelError(
+                f"sliding_window {window!r} is not supported for {self.name} models; supported: 1 and more, or null"
+            )
         if config.get("use_sliding_window"):
             raise UnsupportedModelError(f"use_sliding_window is not supported for {self.name} models; supported: false")
 

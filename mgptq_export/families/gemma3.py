@@ -37,6 +37,7 @@ class Gemma3(Family):
         "post_ffw_norm": "post_feedforward_layernorm",
     }
     norm_offset: ClassVar[float] = 1.0
+    full_attention_only: ClassVar[bool] = False
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Raise UnsupportedModelError for a variant that the runtime cannot run."""
@@ -44,6 +45,8 @@ class Gemma3(Family):
         for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
             if config.get(key):
                 raise UnsupportedModelError(f"{key} {config[key]!r} is not supported for {self.name} models")
+        if "sliding_window" in config and config["sliding_window"] is None:
+            raise UnsupportedModelError(f"{self.name} models need a sliding_window, and it is null")
         types = config.get("layer_types")
         if types and not _patterns(types):
             raise UnsupportedModelError(
@@ -76,7 +79,11 @@ class Gemma3(Family):
     def rope_settings(self, config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
         """Global layers have their parameters, local layers theirs."""
         found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        return [found[kind] or {} for kind in (GLOBAL, LOCAL)] if GLOBAL in found else [found]
+        if not isinstance(found, Mapping) or GLOBAL not in found:
+            return [found]
+        if LOCAL not in found:
+            raise UnsupportedModelError(f"rope_parameters without {LOCAL} are not supported for {self.name} models")
+        return [found[kind] or {} for kind in (GLOBAL, LOCAL)]
 
     def hyperparameters(self, model: Any) -> Hyperparameters:
         """llama.cpp's key names without the architecture's prefix."""

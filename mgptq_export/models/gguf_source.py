@@ -56,7 +56,10 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
 
 
 def _metadata(reader: gguf.GGUFReader) -> dict[str, Any]:
-    return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    try:
+        return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    except ValueError as error:  # text that is no UTF-8
+        raise BadInputError(f"the GGUF file's metadata cannot be read ({error}); download it again") from error
 
 
 def read_gguf_config(reader: gguf.GGUFReader) -> dict[str, Any]:
@@ -80,6 +83,14 @@ def read_gguf_config(reader: gguf.GGUFReader) -> dict[str, Any]:
         )
     if meta.get("split.count", 1) > 1:
         raise BadInputError(f"the GGUF file is one of {meta['split.count']} parts; merge them with llama-gguf-split")
+    for key in ("block_count", "attention.head_count", "attention.head_count_kv"):
+        found = parameters.get(key, 1)
+        if isinstance(found, int) and found < 1:
+            raise BadInputError(f"the GGUF file's {prefix}{key} is {found}; download it again")
+    if isinstance(parameters.get("block_count"), int) and parameters["block_count"] > len(tensors):
+        raise BadInputError(
+            f"the GGUF file says {parameters['block_count']} layers and holds {len(tensors)} tensors; download it again"
+        )
     try:
         config = FAMILIES[architecture].config_from_gguf(parameters, tensors)
     except (TypeError, ValueError, ArithmeticError) as error:

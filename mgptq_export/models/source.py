@@ -263,6 +263,7 @@ def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool, advan
 def _read_tokenizer(folder: Path) -> Tokenizer | None:
     for name in ("tokenizer_config.json", "generation_config.json"):
         _check_json_object(folder / name)
+    _check_text(folder / "chat_template.jinja")
     tokenizer_file = folder / "tokenizer.json"
     if not tokenizer_file.is_file():
         logger.warning("%s has no tokenizer.json: packages will only take token ids", folder)
@@ -271,6 +272,15 @@ def _read_tokenizer(folder: Path) -> Tokenizer | None:
         return Tokenizer.from_file(str(tokenizer_file))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise BadInputError(f"{tokenizer_file} cannot be read: {error}") from error
+
+
+def _check_text(path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{path} cannot be read: {error}; mend or remove it") from error
 
 
 def _check_json_object(path: Path) -> None:

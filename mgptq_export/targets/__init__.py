@@ -1,13 +1,14 @@
 """Export targets: how each wants its weights laid out, and who writes it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mgptq_export.checkpoint import Checkpoint
 from mgptq_export.layouts import COLUMNS, TENSORS, Layout
-from mgptq_export.targets.container import write_container
+from mgptq_export.targets.container import check_container_tokenizer, write_container
+from mgptq_export.targets.gguf_tokenizer import check_tokenizer
 from mgptq_export.targets.llama_cpp import check_llama_cpp_config, write_llama_cpp
 from mgptq_export.targets.onnx import export_onnx
 from mgptq_export.targets.onnx.builder_graph import check_onnx_config
@@ -25,18 +26,21 @@ class Target:
     path: the file or folder in the package.
     write: writes it, whole or not at all.
     check_config: raises UnsupportedModelError for a transformers configuration that it cannot hold.
+    check_tokenizer: raises BadInputError or UnsupportedModelError for tokenizer files (a folder), rows of the
+        embedding and a ``config.json`` that it cannot hold.
     """
 
     layout: Layout
     path: str
     write: Callable[[Checkpoint, GoldenVectors, Path], None]
     check_config: Callable[[Any], None] = lambda config: None
+    check_tokenizer: Callable[[Path, int, Mapping[str, Any]], None] = lambda folder, rows, config: None
 
 
 TARGETS: dict[str, Target] = {
-    "container": Target(COLUMNS, CONTAINER_FILE, write_container),
+    "container": Target(COLUMNS, CONTAINER_FILE, write_container, check_tokenizer=check_container_tokenizer),
     "onnx": Target(COLUMNS, ONNX_FOLDER, export_onnx, check_onnx_config),
-    "llama.cpp": Target(TENSORS, "llama.cpp", write_llama_cpp, check_llama_cpp_config),
+    "llama.cpp": Target(TENSORS, "llama.cpp", write_llama_cpp, check_llama_cpp_config, check_tokenizer),
 }
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from mgptq_runtime.gguf_file import read_gguf
 from mgptq_runtime.golden import GoldenVectors
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, permutation_dtype
 
-__all__ = ["add_metadata", "add_tensors", "write_container"]
+__all__ = ["add_metadata", "add_tensors", "check_container_tokenizer", "write_container"]
 
 
 def write_container(checkpoint: Checkpoint, golden: GoldenVectors, path: Path) -> None:
@@ -116,6 +116,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def check_container_tokenizer(folder: Path, vocabulary_size: int, config: Mapping[str, Any]) -> None:
+    """Raise BadInputError for tokenizer files that are broken or do not fit the model; it may have none."""
+    if (folder / "tokenizer.json").is_file():
+        _add_gguf_tokenizer(GGUFWriter(None, ARCHITECTURE), folder, vocabulary_size, config)
+
+
+def _add_gguf_tokenizer(writer: GGUFWriter, folder: Path, vocabulary_size: int, config: Mapping[str, Any]) -> None:
+    try:
+        add_tokenizer(writer, folder, vocabulary_size, config, unknown_pre="default")
+    except UnsupportedModelError:  # a kind that GGUF has no name for; the runtime reads the Hugging Face form
+        add_chat_template(writer, folder)
+
+
 def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     folder = checkpoint.folder
     tokenizer = _read_json(folder / "tokenizer.json")
@@ -126,10 +139,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
         if generation.get(key) is None and checkpoint.config.get(key) is not None:
             generation[key] = checkpoint.config[key]
 
-    try:
-        add_tokenizer(writer, folder, checkpoint.model.embedding.rows, checkpoint.config, unknown_pre="default")
-    except UnsupportedModelError:  # a kind that GGUF has no name for; the runtime reads the Hugging Face form
-        add_chat_template(writer, folder)
+    _add_gguf_tokenizer(writer, folder, checkpoint.model.embedding.rows, checkpoint.config)
     writer.add_string("tokenizer.huggingface.json", _compact_json(tokenizer))
     writer.add_string("mgptq.tokenizer_config", _compact_json(config))
     writer.add_string("mgptq.generation_config", _compact_json(generation))

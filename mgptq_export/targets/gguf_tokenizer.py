@@ -24,7 +24,7 @@ from mgptq_export.gguf_pre_tokenizers import SPACE, find_pre_tokenizer, find_spa
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
 from mgptq_runtime.strict_json import parse_json_object
 
-__all__ = ["add_chat_template", "add_tokenizer"]
+__all__ = ["add_chat_template", "add_tokenizer", "check_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +100,24 @@ def add_tokenizer(
     add_chat_template(writer, folder)
 
 
+def check_tokenizer(folder: Path, vocabulary_size: int, config: Mapping[str, Any]) -> None:
+    """Raise what :func:`add_tokenizer` would raise; writes nothing."""
+    add_tokenizer(GGUFWriter(None, ""), folder, vocabulary_size, config)
+
+
 def add_chat_template(writer: GGUFWriter, folder: Path) -> None:
     """Add the chat template of a folder, if it has one; of several, the default one."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        writer.add_chat_template(file.read_text(encoding="utf-8"))
+        try:
+            writer.add_chat_template(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BadInputError(f"{file.name} cannot be read: {error}; mend or remove it") from error
         return
     template = _read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = template.get("default")
     if isinstance(template, str):
         writer.add_chat_template(template)
 
@@ -137,7 +146,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_files(folder: Path, config: Mapping[str, Any]) -> _Files:
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise BadInputError(f"{folder} has no tokenizer.json; save the model with its fast tokenizer")
+        raise BadInputError("the model has no tokenizer.json; save the model with its fast tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception

@@ -4,7 +4,7 @@ import os
 import signal
 from typing import NoReturn
 
-__all__ = ["exit_on_signals"]
+__all__ = ["exit_on_signals", "ignore_signals"]
 
 
 def exit_on_signals() -> None:
@@ -12,6 +12,12 @@ def exit_on_signals() -> None:
     signal.signal(signal.SIGINT, _exit)
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGHUP, _exit)
+
+
+def ignore_signals() -> None:
+    """Let nothing disturb Python on its way out, once everything is cleaned up."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _exit(signum: int, frame: object) -> NoReturn:

@@ -1,22 +1,15 @@
 """Tiny models and packages that the workstation's tests share; each is made once."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from small_runs import EVEN, RECIPE, Package, Quantized
 
 from mgptq_export import pipeline
-from mgptq_export.models import SourceModel, load_source
-from mgptq_export.quantize import Quantization, quantize
-from mgptq_export.recipe import Recipe
-
-# Whole blocks of 64 columns, and enough of them for a fine-grained budget.
-EVEN = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-RECIPE = Recipe(samples=4, sequence_length=64, sensitivity_samples=2, training_steps=3)
+from mgptq_export.models import load_source
+from mgptq_export.quantize import quantize
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,14 +29,6 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.write_llama(tmp_path_factory.mktemp("models") / "odd", tie_word_embeddings=False)
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A model after :func:`mgptq_export.quantize.quantize`, which has replaced its weights."""
-
-    source: SourceModel
-    result: Quantization
-
-
 @pytest.fixture(scope="session")
 def even_quantized(even_model: Path) -> Quantized:
     source = load_source(str(even_model))
@@ -61,16 +46,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text(tiny_models.text(20_000))
     return path
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package with both targets, and the manifest that :func:`mgptq_export.pipeline.run` returned."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    model: Path
-    text: pipeline.EvaluationText
 
 
 @pytest.fixture(scope="session", params=["even", "odd"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from conftest import RECIPE
+from small_runs import RECIPE
 
 from mgptq_export.calibration import calibration_tokens, collect_statistics, file_tokens
 from mgptq_export.calibration.statistics import HessianAccumulator

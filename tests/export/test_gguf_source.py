@@ -239,3 +239,20 @@ def test_a_type_that_gguf_py_does_not_know_is_named(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UnsupportedModelError, match=r"a type that gguf-py cannot read.*999"):
         load_source(str(path))
+
+
+@pytest.mark.parametrize(("key", "value"), [("attention.head_count_kv", 0), ("block_count", 2**31)])
+def test_counts_that_no_file_can_hold_are_refused_at_once(key: str, value: int, tmp_path: Path) -> None:
+    folder = tiny_models.write_model(tmp_path / "model", "llama")
+    write_gguf(tmp_path / "a.gguf", tiny_models.make_model("llama"), folder, metadata={key: value})
+    with pytest.raises(BadInputError, match="download it again"):
+        load_source(str(tmp_path / "a.gguf"))
+
+
+def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    folder = tiny_models.write_model(tmp_path / "model", "llama")
+    path = tmp_path / "a.gguf"
+    write_gguf(path, tiny_models.make_model("llama"), folder)
+    path.write_bytes(path.read_bytes().replace(b"<|im_start|>", b"\xff|im_start|>", 1))
+    with pytest.raises(BadInputError, match="metadata cannot be read"):
+        load_source(str(path))

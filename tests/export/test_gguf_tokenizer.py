@@ -383,7 +383,7 @@ def test_a_token_without_a_row_is_refused(gpt2: Tokenizer, tmp_path: Path) -> No
 
 
 def test_broken_files_are_refused(gpt2: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match=r"has no tokenizer\.json"):
+    with pytest.raises(BadInputError, match=r"the model has no tokenizer\.json"):
         write_file(tmp_path / "a.gguf", tmp_path)
     folder = write_folder(tmp_path / "hf", gpt2, SETTINGS)
     (folder / "tokenizer_config.json").write_text("{")
@@ -391,6 +391,14 @@ def test_broken_files_are_refused(gpt2: Tokenizer, tmp_path: Path) -> None:
         write_file(tmp_path / "a.gguf", folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInputError, match=r"tokenizer\.json cannot be read"):
+        write_file(tmp_path / "a.gguf", folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{{ messages }}"])
+def test_a_chat_template_that_is_no_text_is_refused(gpt2: Tokenizer, content: bytes, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf", gpt2, {})
+    (folder / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(BadInputError, match=r"chat_template\.jinja cannot be read"):
         write_file(tmp_path / "a.gguf", folder)
 
 

@@ -18,6 +18,7 @@ import tiny_models
 import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
 from llama_cpp import LlamaModel, logits, quantize_rows
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoConfig
 
 from mgptq_export.checkpoint import Checkpoint, write_checkpoint
@@ -363,3 +364,29 @@ def test_modelfile_says_how_the_model_is_talked_to(template: str, stop: str) -> 
 def test_modelfile_of_an_unknown_template_says_what_to_do() -> None:
     assert "add a TEMPLATE here" in modelfile("a.gguf", "{{ messages[0].content }}", {})
     assert modelfile("a.gguf", None, {}) == "FROM ./a.gguf\n"
+
+
+@pytest.mark.parametrize("name", ["Phi-3-mine", "my_phi3"])
+def test_a_name_like_phi3s_does_not_keep_llama_cpp_from_loading(name: str, tmp_path: Path) -> None:
+    source = load_source(str(tiny_models.write_model(tmp_path / "model", "llama", **NARROW)))
+    checkpoint = checkpoint_of(source, tmp_path / "quantized", lambda _: "q8_0")
+    checkpoint.config["quantization_config"]["name"] = name
+    write_llama_cpp(checkpoint, simple_golden(source), tmp_path / "out")
+    with LlamaModel(tmp_path / "out" / f"{name}-MGPTQ-2.5bpw.gguf"):
+        pass
+
+
+def test_the_name_says_phi3_where_the_tokenizer_is_phi3s(tmp_path: Path) -> None:
+    """Only by that does llama.cpp know that special tokens swallow the white space behind them."""
+    source = load_source(str(tiny_models.write_model(tmp_path / "model", "phi3", **NARROW, vocab_size=340)))
+    tiny_models.write_tokenizer(source.tokenizer_folder, 331)
+    tokenizer = Tokenizer.from_file(str(source.tokenizer_folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<|user|>", rstrip=True), AddedToken("</s>", rstrip=True)])
+    tokenizer.add_special_tokens(["<s>", "<unk>"])
+    tokenizer.save(str(source.tokenizer_folder / "tokenizer.json"))
+    write_llama_cpp(
+        checkpoint_of(source, tmp_path / "quantized", lambda _: "q8_0"), simple_golden(source), tmp_path / "out"
+    )
+    text = "<|user|>\nHello"
+    with LlamaModel(tmp_path / "out" / "tiny-MGPTQ-2.5bpw.gguf") as model:
+        assert model.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids

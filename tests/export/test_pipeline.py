@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EVEN, RECIPE, Package
-from tiny_models import write_llama
+from small_runs import EVEN, RECIPE, Package
+from tiny_models import write_llama, write_tokenizer
 from transformers import LlamaForCausalLM
 
 from mgptq_export import pipeline
@@ -167,6 +167,20 @@ def test_bad_input_leaves_nothing_behind(even_model, tmp_path):
         with pytest.raises((BadInputError, BudgetError)):
             pipeline.run(model, tmp_path / "out", recipe, ["container"])
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("target", "damage"), [("llama.cpp", "remove"), ("container", "enlarge")])
+def test_a_tokenizer_that_a_target_cannot_hold_is_refused_before_anything_runs(
+    even_model, tmp_path, monkeypatch, target, damage
+):
+    model = Path(shutil.copytree(even_model, tmp_path / "model"))
+    if damage == "remove":
+        (model / "tokenizer.json").unlink()
+    else:
+        write_tokenizer(model, 5000)
+    monkeypatch.setattr(pipeline, "calibrate", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(BadInputError, match=r"tokenizer\.json"):
+        pipeline.run(str(model), tmp_path / "out", RECIPE, [target])
 
 
 def test_an_output_that_exists_is_refused(even_model, copied):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import tiny_models
 from click.testing import CliRunner
-from conftest import EVEN, RECIPE, Package
 from gguf_model import write_gguf
+from small_runs import EVEN, RECIPE, Package
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mgptq_export import cli, pipeline

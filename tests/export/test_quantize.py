@@ -10,9 +10,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, Quantized
 from gguf_model import write_gguf
 from safetensors.torch import load_file, save_file
+from small_runs import RECIPE, Quantized
 from tiny_models import write_llama
 
 from mgptq_export.checkpoint import read_checkpoint, write_checkpoint

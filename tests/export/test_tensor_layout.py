@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from conftest import RECIPE
+from small_runs import RECIPE
 
 from mgptq_export.layouts import TENSORS
 from mgptq_export.models import load_shape, load_source

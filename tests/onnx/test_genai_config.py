@@ -28,6 +28,10 @@ def test_every_end_token_of_the_models_files_ends_a_text(tmp_path: Path) -> None
     assert config["model"]["eos_token_id"] == [1, 106, 7]
 
 
+def test_an_end_token_without_an_embedding_is_left_out(tmp_path: Path) -> None:
+    assert completed(tmp_path, {"eos_token_id": [1, 512]})["model"]["eos_token_id"] == [1, 7]
+
+
 def test_one_end_token_is_no_list(tmp_path: Path) -> None:
     assert completed(tmp_path, None, eos_token_id=[7])["model"]["eos_token_id"] == 7
 

@@ -1,6 +1,8 @@
 """The key-values of a stock GGUF file, as llama.cpp's own converter writes them."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, LlamaFileType
@@ -11,6 +13,10 @@ from mgptq_runtime.quantized_model import QuantizedModel
 
 __all__ = ["add_metadata"]
 
+# A name with this makes llama.cpp look these tokens up, abort where one is missing, and let all special tokens swallow
+# the white space behind them.
+PHI3_NAME = re.compile(r"(phi)-?(3)", re.IGNORECASE)
+PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 QUANTIZATION_VERSION = 2  # of ggml's blocks
 # Those hyper-parameters that have the same key and the same meaning in llama.cpp.
 COMMON_KEYS = (
@@ -44,7 +50,7 @@ def add_metadata(writer: GGUFWriter, checkpoint: Checkpoint, config: Any) -> Non
     """
     model = checkpoint.model
     writer.add_type("model")
-    writer.add_name(checkpoint.name)
+    writer.add_name(model_name(checkpoint))
     writer.add_file_type(file_type(model))
     writer.add_quantization_version(QUANTIZATION_VERSION)
     _add_hyperparameters(writer, model, config)
@@ -52,6 +58,23 @@ def add_metadata(writer: GGUFWriter, checkpoint: Checkpoint, config: Any) -> Non
     writer.add_string("mgptq.recipe", json.dumps(checkpoint.config["quantization_config"]["recipe"]))
     writer.add_float64("mgptq.bits_stored", model.bits_stored)
     writer.add_string("mgptq.weights_by_type", json.dumps(model.weights_by_format()))
+
+
+def model_name(checkpoint: Checkpoint) -> str:
+    """``general.name``: the checkpoint's, with "Phi-3" in it just where the tokenizer is Phi-3's."""
+    name = checkpoint.name
+    if _has_phi3_tokenizer(checkpoint.folder / "tokenizer.json"):
+        return name if PHI3_NAME.search(name) else f"{name} (Phi-3)"
+    return PHI3_NAME.sub(r"\1 \2", name)
+
+
+def _has_phi3_tokenizer(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    added = tokenizer.get("added_tokens") or []
+    swallows = any(token["special"] and token["rstrip"] for token in added)
+    return swallows and {*tokenizer["model"]["vocab"], *(token["content"] for token in added)} >= PHI3_TOKENS
 
 
 def file_type(model: QuantizedModel) -> int:

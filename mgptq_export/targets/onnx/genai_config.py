@@ -44,7 +44,7 @@ def complete_genai_config(config: Mapping[str, Any], checkpoint: Checkpoint) -> 
     generation = _generation_config(checkpoint)
     model, search = dict(config["model"]), dict(config["search"])
     sources = (generation.get("eos_token_id"), checkpoint.config.get("eos_token_id"), model["eos_token_id"])
-    ends = list(dict.fromkeys(token for source in sources for token in _ids(source)))
+    ends = list(dict.fromkeys(token for source in sources for token in _ids(source) if token < model["vocab_size"]))
     model["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     model["type"] = checkpoint.config["model_type"]
     search |= {key: generation[key] for key in SEARCH_KEYS if generation.get(key) is not None}
