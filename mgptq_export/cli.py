@@ -96,6 +96,13 @@ RECIPE = _options(
         type=click.Choice(["b4", "b8"]),
     ),
     GGML_TYPES,
+    click.option(
+        "--recovery-steps",
+        type=click.IntRange(0),
+        default=Recipe.recovery_steps,
+        show_default=True,
+        help="Steps of end-to-end training of scales and norms on the calibration text; 100 take minutes.",
+    ),
 )
 
 

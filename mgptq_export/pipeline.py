@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from mgptq_export.calibration import file_tokens
+from mgptq_export.calibration import file_tokens, recovery_tokens
 from mgptq_export.checkpoint import Checkpoint, read_checkpoint, tokenizer_files, write_checkpoint
 from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_windows, torch_scorer
 from mgptq_export.golden import make_golden
@@ -22,6 +22,7 @@ from mgptq_export.layouts import COLUMNS, LAYOUTS, Calibration, Layout
 from mgptq_export.models import SourceModel, load_quantized_weights, load_source
 from mgptq_export.quantize import calibrate, check_budget, quantize
 from mgptq_export.recipe import Recipe
+from mgptq_export.recovery import recover
 from mgptq_export.targets import TARGETS, target_named
 from mgptq_runtime.backends import Backend
 from mgptq_runtime.check import DEFAULT_BOUNDS
@@ -337,9 +338,11 @@ def _quantize_into(
     for layout in layouts:
         working = source.copy()
         result = quantize(working, recipe, layout, calibration)
+        text = recovery_tokens(source, recipe, calibration.tokens) if recipe.recovery_steps else calibration.tokens
+        model = recover(working, source, result.model, text, steps=recipe.recovery_steps, seed=recipe.seed)
         checkpoint = write_checkpoint(
             folder / layout.folder,
-            result.model,
+            model,
             name=source.name,
             config=source.config,
             recipe=recipe.to_json(),

@@ -25,6 +25,7 @@ class Recipe:
     damping: of the Hessians, relative to the mean of their diagonal.
     seed: of everything random.
     training_steps: of the allocator network.
+    recovery_steps: of training scales, norms and biases end to end on the calibration text, the codes being fixed.
     """
 
     bits: float = 2.5
@@ -39,6 +40,7 @@ class Recipe:
     damping: float = 0.01
     seed: int = 0
     training_steps: int = 40
+    recovery_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.allocator not in ALLOCATORS:
@@ -51,6 +53,8 @@ class Recipe:
         for name in ("samples", "sequence_length", "sensitivity_samples"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.recovery_steps < 0:
+            raise BadInputError(f"recovery_steps is {self.recovery_steps}, must be 0 or more")
         if not 0 <= self.seed < 1 << 63:
             raise BadInputError(f"seed is {self.seed}, must be 0 to 2^63 - 1")
         if not self.damping > 0:

@@ -1,7 +1,7 @@
 """Calibration: the text, and what it tells about the model."""
 
 from mgptq_export.calibration.statistics import GroupStatistics, HessianAccumulator, ModelStatistics, collect_statistics
-from mgptq_export.calibration.text import calibration_tokens, file_tokens
+from mgptq_export.calibration.text import calibration_tokens, file_tokens, recovery_tokens
 
 __all__ = [
     "GroupStatistics",
@@ -10,4 +10,5 @@ __all__ = [
     "calibration_tokens",
     "collect_statistics",
     "file_tokens",
+    "recovery_tokens",
 ]

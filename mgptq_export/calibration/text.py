@@ -10,7 +10,7 @@ from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
 from mgptq_runtime.perplexity import read_text
 from mgptq_runtime.progress import track
 
-__all__ = ["calibration_tokens", "file_tokens"]
+__all__ = ["calibration_tokens", "file_tokens", "recovery_tokens"]
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 
@@ -55,20 +55,35 @@ def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
         return sample_from_model(source, recipe.samples, recipe.sequence_length, generator)
     if source.tokenizer is None:
         raise BadInputError(f"{source.source} has no tokenizer to calibrate with text; use --calibration self")
-    path = Path(recipe.calibration)
-    if path.exists() or path.suffix in TEXT_SUFFIXES:
-        tokens = torch.tensor(file_tokens(path, source))
-    else:
-        tokens = torch.tensor(_tokens("\n\n".join(_hub_documents(recipe.calibration)), source))
-    chunks = tokens.numel() // recipe.sequence_length
-    if chunks < recipe.samples:
+    tokens = _text_tokens(source, recipe)
+    sequences = _whole_sequences(tokens, recipe.sequence_length)
+    if len(sequences) < recipe.samples:
         raise CalibrationError(
             f"{recipe.calibration} gives {tokens.numel()} tokens; {recipe.samples} samples of "
             f"{recipe.sequence_length} need {recipe.samples * recipe.sequence_length}. "
             "Give more text, fewer --samples, or --calibration self"
         )
-    chosen = torch.randperm(chunks, generator=generator)[: recipe.samples]
-    return tokens[: chunks * recipe.sequence_length].view(chunks, -1)[chosen]
+    return sequences[torch.randperm(len(sequences), generator=generator)[: recipe.samples]]
+
+
+def recovery_tokens(source: SourceModel, recipe: Recipe, calibration: torch.Tensor) -> torch.Tensor:
+    """All of the calibration text, int64 [sequences, sequence_length]; ``calibration`` where the model wrote it."""
+    if recipe.calibration == "self":
+        return calibration
+    return _whole_sequences(_text_tokens(source, recipe), recipe.sequence_length)
+
+
+def _text_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
+    """All tokens of the text that the recipe names: int64 [tokens]."""
+    path = Path(recipe.calibration)
+    if path.exists() or path.suffix in TEXT_SUFFIXES:
+        return torch.tensor(file_tokens(path, source), dtype=torch.int64)
+    return torch.tensor(_tokens("\n\n".join(_hub_documents(recipe.calibration)), source), dtype=torch.int64)
+
+
+def _whole_sequences(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """int64 [tokens] to int64 [sequences, length]; what is left over is dropped."""
+    return tokens[: tokens.numel() // length * length].view(-1, length)
 
 
 def _hub_documents(name: str, documents: int = 1000) -> list[str]:

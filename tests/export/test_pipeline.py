@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from small_runs import EVEN, RECIPE, Package
 from tiny_models import write_llama, write_tokenizer
@@ -505,3 +506,18 @@ def test_biases_go_with_the_model_everywhere(biased_model, text_file, tmp_path):
     for name in ("numpy", "onnx_exact"):
         assert results[name]["kl_divergence"] == pytest.approx(results["checkpoint"]["kl_divergence"], rel=1e-3)
     assert ran["windows"] * text.window == 2 * results["original"]["tokens"]
+
+
+def test_recovery_brings_every_target_closer_to_the_original(text_file, tmp_path):
+    model = tiny_models.write_llama(tmp_path / "model", **EVEN, initializer_range=0.15)
+    text = pipeline.EvaluationText(text_file, window=64, windows=6)
+    recipe = replace(RECIPE, bits=2.5, allocator="uniform", calibration=str(text_file), ggml_types=("q2_0", "q4_0"))
+    targets = ["container", "onnx", "llama.cpp"]
+    results = {}
+    for steps in (0, 30):
+        out = tmp_path / str(steps)
+        manifest = pipeline.run(str(model), out, replace(recipe, recovery_steps=steps), targets, text=text)
+        assert manifest["bits"]["stored"] == pipeline.read_manifest(tmp_path / "0")["bits"]["stored"]
+        results[steps] = {name: row["kl_divergence"] for name, row in manifest["evaluation"]["results"].items()}
+    for name in ("checkpoint", "numpy", "onnx_exact", "onnx", "llama.cpp_checkpoint"):
+        assert results[30][name] < 0.9 * results[0][name], name

@@ -1,0 +1,38 @@
+"""The original model's predictions, kept as what its head reads."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from mgptq_export.models import SourceModel
+from mgptq_runtime.progress import track
+
+__all__ = ["Teacher"]
+
+SEQUENCES_AT_ONCE = 4
+
+
+class Teacher:
+    """Predictions on a text, which take one pass and little memory: logits follow from states and head when wanted.
+
+    Attributes:
+        states: what the head reads, ``dtype`` [sequences, length, hidden].
+        head: ``dtype`` [vocabulary, hidden].
+    """
+
+    def __init__(self, original: SourceModel, tokens: torch.Tensor, dtype: torch.dtype) -> None:
+        model = original.model
+        batches = tokens.split(SEQUENCES_AT_ONCE)
+        states = []
+        with torch.no_grad(), _faster(model.device, dtype), track("Reading with the original", len(batches)) as advance:
+            for batch in batches:
+                output = model.model(batch.to(model.device), use_cache=False)
+                states.append(output.last_hidden_state.to(dtype))
+                advance()
+        self.states = torch.cat(states)
+        self.head = model.lm_head.weight.detach().to(dtype)
+
+
+def _faster(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Matrix products in ``dtype``."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -1,0 +1,122 @@
+"""End-to-end training of all that is not a code."""
+
+import logging
+import math
+
+import torch
+
+from mgptq_export.models import SourceModel, load_quantized_weights
+from mgptq_export.recovery.compute import compute_dtype
+from mgptq_export.recovery.optimizer import RelativeAdam, cosine
+from mgptq_export.recovery.student import Student, trainable
+from mgptq_export.recovery.teacher import Teacher
+from mgptq_runtime.errors import NumericalError
+from mgptq_runtime.progress import track
+from mgptq_runtime.quantized_model import QuantizedModel
+
+__all__ = ["recover"]
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_SHARE = 0.05
+CHECKED_BATCHES = 4
+
+
+def recover(
+    source: SourceModel,
+    original: SourceModel,
+    quantized: QuantizedModel,
+    tokens: torch.Tensor,
+    *,
+    steps: int,
+    batch_tokens: int = 1024,
+    learning_rate: float = 0.005,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> QuantizedModel:
+    """Bring a quantized model's predictions closer to the original's.
+
+    The scales of all blocks, the norms and the biases are trained on the KL divergence of the next token's
+    distribution from the original's; codes, formats and permutations stay. Of K-quants the blocks' two scales are
+    trained, their sub-blocks' integers stay. The same seed, machine and number of threads give the same model.
+
+    Args:
+        source: holds the weights of ``quantized``, dequantized; afterwards those of the returned model.
+        original: a model that computes what the unquantized one does; its channels may be numbered otherwise.
+        quantized: the model to train.
+        tokens: the text, int64 [sequences, length]; drawn in random order, several times where it is short.
+        steps: of the optimizer; none return ``quantized``.
+        batch_tokens: per step, in whole sequences, one at least.
+        learning_rate: the largest change of a scale in a step, relative to its size.
+        seed: of the order of the text.
+        dtype: of matrix products; by default bfloat16 where the machine has it, else float32.
+
+    Returns:
+        the trained model; ``quantized`` itself, with a warning, where training did not lower the loss.
+
+    Raises:
+        NumericalError: the loss is NaN or infinite.
+    """
+    if steps <= 0:
+        return quantized
+    dtype = dtype or compute_dtype(source.model.device)
+    chosen, batches = _draw(len(tokens), steps, max(1, batch_tokens // tokens.shape[1]), seed)
+    tokens = tokens[chosen].to(source.model.device)
+    with trainable(source, quantized, dtype) as student:
+        losses = _Losses(student, Teacher(original, tokens, dtype), tokens)
+        checked = batches[:CHECKED_BATCHES]
+        before = losses.mean(checked)
+        _train(student, losses, batches, learning_rate)
+        student.round()
+        after = losses.mean(checked)
+        logger.debug("recovery: KL divergence %.4f before, %.4f after", before, after)
+        result = student.result() if after < before else quantized
+    if result is quantized:
+        logger.warning("recovery did not lower the loss (%.4f before, %.4f after); nothing was changed", before, after)
+    load_quantized_weights(source, result)
+    return result
+
+
+class _Losses:
+    """The loss on a batch, a set of sequences of the text by number."""
+
+    def __init__(self, student: Student, teacher: Teacher, tokens: torch.Tensor) -> None:
+        self._student, self._teacher, self._tokens = student, teacher, tokens
+
+    def on(self, batch: torch.Tensor) -> torch.Tensor:
+        """The differentiable loss."""
+        states = self._teacher.states[batch.to(self._teacher.states.device)].to(self._tokens.device)
+        head = self._teacher.head.to(self._tokens.device)
+        loss = self._student.loss(self._tokens[batch.to(self._tokens.device)], states, head)
+        if not math.isfinite(loss.item()):
+            raise NumericalError(
+                f"the loss of recovery is {loss.item()}; take a lower learning rate, or check the model and the text"
+            )
+        return loss
+
+    @torch.no_grad()
+    def mean(self, batches: list[torch.Tensor]) -> float:
+        """Mean loss over batches."""
+        return sum(self.on(batch).item() for batch in batches) / len(batches)
+
+
+def _draw(sequences: int, steps: int, per_step: int, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The sequences that are used, and batches as places among these: all sequences once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted = steps * per_step
+    epochs = [torch.randperm(sequences, generator=generator) for _ in range(math.ceil(wanted / sequences))]
+    chosen, places = torch.cat(epochs)[:wanted].unique(return_inverse=True)
+    return chosen, list(places.split(per_step))
+
+
+def _train(student: Student, losses: _Losses, batches: list[torch.Tensor], learning_rate: float) -> None:
+    optimizer = RelativeAdam(student.trained())
+    steps = len(batches)
+    warm_up = int(steps * WARM_UP_SHARE)
+    with track("Recovering", steps) as advance:
+        for step, batch in enumerate(batches):
+            loss = losses.on(batch)
+            loss.backward()
+            optimizer.step(learning_rate * cosine(step, steps, warm_up))
+            logger.debug("recovery step %d: KL divergence %.4f", step, loss.item())
+            advance()
