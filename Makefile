@@ -1,6 +1,6 @@
 # make demo   a fresh machine: set up, quantize SmolLM2-135M, export it to build/demo/, check it
 # make test   a fresh machine: set up, then lint, types and all tests
-# make quick  the tests that need no real model
+# make quick  the tests that take seconds each and need no real model
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -21,6 +21,8 @@ from mgptq_export.recipe import Recipe
 from mgptq_runtime.check import check_backend
 from mgptq_runtime.package import open_package
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["container", "onnx", "llama.cpp"]
 # Rows of 96 and 160 are no whole blocks of 64, so llama.cpp holds them in types of 4.5 bits and more.
 RECIPE = Recipe(bits=4.5, allocator="hessian", samples=4, sequence_length=48, sensitivity_samples=2)

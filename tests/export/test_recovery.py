@@ -23,6 +23,8 @@ from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.formats import FORMATS, GGML_FORMATS, BlockParameters
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, Segment
 
+pytestmark = pytest.mark.slow
+
 SINGLE = torch.float32
 LENGTH = 48
 

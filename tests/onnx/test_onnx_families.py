@@ -23,6 +23,8 @@ from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.backends.onnx_backend import OnnxBackend
 from mgptq_runtime.golden import GoldenVectors
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(bits=3.0, allocator="hessian", samples=6, sequence_length=48, sensitivity_samples=2)
 VOCABULARY = tiny_models.COMMON["vocab_size"]
 
