@@ -1,28 +1,36 @@
 """Looking ahead at a model: which targets can reach which bits, why, and how large the files will be."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mgptq_export.checkpoint import tokenizer_files
-from mgptq_export.layouts import Reach
+from mgptq_export.layouts import TENSORS, Reach
 from mgptq_export.models import SourceModel, load_shape
 from mgptq_export.recipe import Recipe
+from mgptq_export.sizes import format_size
 from mgptq_export.targets import target_named
 from mgptq_export.targets.container_size import container_files
 from mgptq_export.targets.llama_cpp.size import llama_cpp_files
 from mgptq_export.targets.onnx.size import onnx_files
 from mgptq_export.targets.skeleton import PlannedFile, Skeleton, make_skeleton
-from mgptq_runtime.errors import BadInputError, BudgetError, UnsupportedModelError
+from mgptq_runtime.errors import BadInputError, BudgetError, MgptqError, UnsupportedModelError
 
-__all__ = ["plan_model"]
+__all__ = ["bits_for_size", "plan_model"]
 
 FILES: dict[str, Callable[[Skeleton], list[PlannedFile]]] = {
     "container": container_files,
     "onnx": onnx_files,
     "llama.cpp": llama_cpp_files,
 }
+
+
+# Resolved bits are multiples of 1 / GRID: few digits, and steps that are nothing beside a file.
+GRID = 10_000
+# What the digits of a larger size can add to metadata, with its padding.
+MORE_DIGITS = 64
 
 
 def plan_model(
@@ -35,28 +43,107 @@ def plan_model(
     will have every format.
 
     Returns:
-        ``name``, ``family``, ``linear_weights``, ``bits``; and ``targets``: for each ``reachable``, and either the
-        ``reason`` why it is not, or: ``lowest_bits`` and ``highest_bits`` per weight; ``kinds``: for every kind of
-        linear its row length, the formats that it can have, and those that it cannot and why; ``embedding_format``;
-        ``weight_bytes``, the most that all tensors of the model take; ``files``: the large ones that the target
-        writes, each with ``path``, ``bytes`` and ``exact``, which is false for an estimate; and ``file_bytes``, their
-        sum.
+        ``name``, ``family``, ``linear_weights``, ``bits`` (None where the recipe has a size), ``size`` (None where it
+        has none); and ``targets``: for each ``reachable``, and either the ``reason`` why it is not, or: ``lowest_bits``
+        and ``highest_bits`` per weight; ``kinds``: for every kind of linear its row length, the formats that it can
+        have, and those that it cannot and why; ``bits``, those of the recipe, or what its size has room for in all
+        reachable targets of this layout; ``embedding_format``; ``weight_bytes``, the most that all tensors of the model
+        take; ``files``: the large ones that the target writes, each with ``path``, ``bytes``, ``most`` (what it never
+        exceeds) and ``exact``, which is false for an estimate; ``file_bytes``, the sum of their bytes; and
+        ``model_bytes``, the most that those files take which a size counts.
     """
     source = load_shape(model, trust_remote_code=trust_remote_code)
     linear_weights = sum(m.out_features * m.in_features for g in source.groups() for m in g.modules.values())
     rows = source.model.get_input_embeddings().weight.shape[0]
     with tokenizer_files(source.tokenizer_folder, rows) as folder:
-        planned = {name: _plan_target(source, recipe, name, folder) for name in targets}
+        bits = _planned_bits(source, recipe, targets, folder)
+        planned = {name: _plan_target(source, recipe, name, bits[name], folder) for name in targets}
     return {
         "name": source.name,
         "family": source.family.name,
         "linear_weights": linear_weights,
-        "bits": recipe.bits,
+        "bits": recipe.bits if recipe.size is None else None,
+        "size": recipe.size,
         "targets": planned,
     }
 
 
-def _plan_target(source: SourceModel, recipe: Recipe, name: str, folder: Path) -> dict[str, Any]:
+def bits_for_size(source: SourceModel, recipe: Recipe, targets: Sequence[str], folder: Path) -> float:
+    """The most stored bits per linear weight with which the model files of all targets fit in the recipe's size.
+
+    Args:
+        source: a model of shapes.
+        recipe: with a size; its bits do not matter.
+        targets: of one layout.
+        folder: holds the tokenizer files.
+
+    Raises:
+        BudgetError: not even the fewest bits fit, or no format can hold a matrix.
+        BadInputError, UnsupportedModelError: a model or a tokenizer that a target cannot hold.
+    """
+    return min(_most_bits(source, recipe, name, folder) for name in targets)
+
+
+def _most_bits(source: SourceModel, recipe: Recipe, name: str, folder: Path) -> float:
+    """:func:`bits_for_size` for one target.
+
+    A file is so many bytes, of which the linears have none, and their budget. Only the digits of the bits themselves,
+    in its metadata, are as many as the bits want; so the former are counted at bits that have all digits.
+    """
+    if recipe.size is None:
+        raise ValueError("a recipe without a size")
+    layout = target_named(name).layout
+    reach = layout.reach(source, recipe)
+    low, high = (math.ceil(bits * GRID) for bits in (reach.lowest, reach.highest))
+    long = high + 1 if high % 10 == 0 else high
+    skeleton = make_skeleton(source, replace(recipe, bits=long / GRID), layout, reach, folder)
+    others = _model_bytes(name, FILES[name](skeleton)) - skeleton.budget
+    weights = skeleton.model.linear_weights
+    steps = (recipe.size - others) * 8 * GRID // weights
+    if steps < low:
+        raise BudgetError(_too_small(recipe, name, others - -low * weights // (8 * GRID)))
+    return min(steps, high) / GRID
+
+
+def _too_small(recipe: Recipe, name: str, smallest: int) -> str:
+    ways = [f"ask for {format_size(smallest + MORE_DIGITS)} or more"]
+    if recipe.embedding_format == "b8":
+        ways.append("take --embedding-format b4")
+    if recipe.ggml_types and target_named(name).layout is TENSORS:
+        ways.append("allow --ggml-types of fewer bits")
+    return (
+        f"{recipe.size} bytes are too few for target {name}: with its fewest bits this model takes {smallest} bytes; "
+        f"{', '.join(ways)}, or choose another target"
+    )
+
+
+def _model_bytes(name: str, files: Sequence[PlannedFile]) -> int:
+    """The most that those files of a target take which a size counts."""
+    return sum(file.most for file in files if target_named(name).counts(file.path))
+
+
+def _planned_bits(
+    source: SourceModel, recipe: Recipe, targets: Sequence[str], folder: Path
+) -> dict[str, float | MgptqError]:
+    """The bits of every target, or why its size cannot be met; targets of one layout share them."""
+    if recipe.size is None:
+        return dict.fromkeys(targets, recipe.bits)
+    most: dict[str, float] = {}
+    errors: dict[str, MgptqError] = {}
+    for name in targets:
+        try:
+            target_named(name).check_config(source.model.config)
+            most[name] = _most_bits(source, recipe, name, folder)
+        except (BadInputError, BudgetError, UnsupportedModelError) as error:
+            errors[name] = error
+    layouts = {name: target_named(name).layout for name in most}
+    shared = {name: min(most[other] for other in most if layouts[other] is layouts[name]) for name in most}
+    return {**errors, **shared}
+
+
+def _plan_target(
+    source: SourceModel, recipe: Recipe, name: str, bits: float | MgptqError, folder: Path
+) -> dict[str, Any]:
     target = target_named(name)
     try:
         target.check_config(source.model.config)
@@ -64,25 +151,30 @@ def _plan_target(source: SourceModel, recipe: Recipe, name: str, folder: Path) -
     except (BudgetError, UnsupportedModelError) as error:
         return {"reachable": False, "reason": str(error)}
     planned: dict[str, Any] = {
-        "reachable": reach.includes(recipe.bits),
+        "reachable": False,
         "lowest_bits": reach.lowest,
         "highest_bits": reach.highest,
         "kinds": _kinds(source, reach),
     }
-    if not planned["reachable"]:
+    if isinstance(bits, MgptqError):
+        return {**planned, "reason": str(bits)}
+    if not reach.includes(bits):
         reason = f"formats of this target give {reach.lowest:.4f} to {reach.highest:.4f} bits for this model"
         return {**planned, "reason": reason}
-    skeleton = make_skeleton(source, recipe, target.layout, reach, folder)
+    skeleton = make_skeleton(source, replace(recipe, bits=bits), target.layout, reach, folder)
     try:
         files = FILES[name](skeleton)
     except (BadInputError, UnsupportedModelError) as error:
-        return {**planned, "reachable": False, "reason": str(error)}
+        return {**planned, "reason": str(error)}
     return {
         **planned,
+        "reachable": True,
+        "bits": bits,
         "embedding_format": skeleton.model.embedding.segments[0].format,
         "weight_bytes": skeleton.weight_bytes,
         "files": [asdict(file) for file in files],
         "file_bytes": sum(file.bytes for file in files),
+        "model_bytes": _model_bytes(name, files),
     }
 
 

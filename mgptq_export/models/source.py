@@ -57,6 +57,13 @@ class SourceModel:
         """The same model with weights of its own."""
         return replace(self, model=copy.deepcopy(self.model))
 
+    def shape(self) -> "SourceModel":
+        """The same model without values, on the ``meta`` device."""
+        with torch.device("meta"):
+            model = type(self.model)(self.model.config)
+        self.family.prepare(model)
+        return replace(self, model=model)
+
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers."""

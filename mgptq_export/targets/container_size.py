@@ -20,7 +20,7 @@ def container_files(skeleton: Skeleton) -> list[PlannedFile]:
     add_metadata(writer, skeleton.checkpoint)
     add_tensors(writer, skeleton.model, skeleton.golden)
     size = gguf_size(writer) + skeleton.unspent + _padding(skeleton, writer.data_alignment)
-    return [PlannedFile(CONTAINER_FILE, size)]
+    return [PlannedFile(CONTAINER_FILE, size, size)]
 
 
 def _padding(skeleton: Skeleton, alignment: int) -> int:

@@ -32,11 +32,13 @@ class PlannedFile:
     """Attributes:
     path: in the package.
     bytes: its size when the budget is spent.
-    exact: whether that is known; otherwise it is an estimate.
+    most: what it never exceeds, whatever the allocation.
+    exact: whether the size is known, which is then the most; otherwise it is an estimate.
     """
 
     path: str
     bytes: int
+    most: int
     exact: bool = True
 
 

@@ -62,6 +62,7 @@ def check_sizes(package: Package, planned: dict[str, Any], target: str, toleranc
             assert 0 <= excess <= undelivered(package, target) + tolerance, file
         else:
             assert abs(excess) <= 0.35 * found[file["path"]], file
+        assert found[file["path"]] <= file["most"], file
     assert planned["file_bytes"] == sum(file["bytes"] for file in planned["files"])
 
 
@@ -126,7 +127,8 @@ def test_plan_reads_no_weights(even_model, tmp_path):
     assert planned["targets"].keys() == set(BOTH)
     for target, found in plan_model(str(even_model), RECIPE, BOTH)["targets"].items():
         # The name of the model is in the container.
-        assert abs(found.pop("file_bytes") - planned["targets"][target].pop("file_bytes")) <= 32
+        for total in ("file_bytes", "model_bytes"):
+            assert abs(found.pop(total) - planned["targets"][target].pop(total)) <= 32
         assert found.pop("files")[0]["path"] == planned["targets"][target].pop("files")[0]["path"]
         assert found == planned["targets"][target]
 
@@ -141,7 +143,8 @@ def test_a_gguf_file_and_its_folder_give_the_same_plan(tmp_path):
         for left, right in zip(one.pop("files"), other.pop("files"), strict=True):
             assert left["path"] == right["path"]
             assert left["bytes"] == pytest.approx(right["bytes"], abs=8192 if target == "container" else 512)
-        del one["file_bytes"], other["file_bytes"]
+        for total in ("file_bytes", "model_bytes"):
+            del one[total], other[total]
     assert from_folder == from_file
 
 

@@ -26,7 +26,7 @@ def llama_cpp_files(skeleton: Skeleton) -> list[PlannedFile]:
     longest = json.dumps(dict.fromkeys(sorted(possible), skeleton.model.linear_weights))
     writer.kv_data[0][TYPES_KEY].value = longest
     size = gguf_size(writer) + skeleton.unspent + _padding(skeleton, writer.data_alignment)
-    return [PlannedFile(f"{FOLDER}/{file_name(skeleton.checkpoint)}", size)]
+    return [PlannedFile(f"{FOLDER}/{file_name(skeleton.checkpoint)}", size, size)]
 
 
 def _padding(skeleton: Skeleton, alignment: int) -> int:

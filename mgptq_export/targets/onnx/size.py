@@ -1,6 +1,7 @@
 """The sizes of an ONNX package's files that are not written."""
 
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from mgptq_export.targets.onnx.export import (
     set_operators,
 )
 from mgptq_export.targets.onnx.external_data import ALIGNMENT
+from mgptq_export.targets.onnx.operators import MATMUL, operators
 from mgptq_export.targets.skeleton import PlannedFile, Skeleton, most_padding
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.package import ONNX_FOLDER
-from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel
 
 __all__ = ["onnx_files"]
 
@@ -28,6 +30,9 @@ SCALE_BYTES = 2
 LEVELS = {MODEL: FAST_LEVEL, EXACT_MODEL: EXACT_LEVEL}
 # How many formats the allocator gives a linear: a guess that only the graphs' sizes depend on.
 USUAL_SEGMENTS = 2
+# By how much the numbers that a graph holds of one segment can be longer than in another segment's place: four offsets
+# and lengths in the file, in decimal; five widths and numbers of blocks, and the lengths of what they lie in.
+NUMBER_BYTES = 48
 
 
 def onnx_files(skeleton: Skeleton) -> list[PlannedFile]:
@@ -36,15 +41,39 @@ def onnx_files(skeleton: Skeleton) -> list[PlannedFile]:
     Raises:
         UnsupportedModelError: a family or a configuration that cannot be exported.
     """
-    small = skeleton.with_segments(USUAL_SEGMENTS)
-    one_row = replace(small.checkpoint, model=_one_row(small.model))
+    usual = skeleton.with_segments(USUAL_SEGMENTS)
+    widest = replace(skeleton, checkpoint=replace(skeleton.checkpoint, model=_ungrouped(skeleton.model)))
+    segments = sum(len(linear.segments) for linear in skeleton.model.linears())
     with tempfile.TemporaryDirectory() as scratch:
-        graph_model, _ = build_float_graph(one_row, Path(scratch) / "builder")
-        model = quantized_graph(one_row, graph_model)
-        weights = _externalize_shapes(model.graph, small.model) + small.unspent + _padding(small)
-        graphs = {name: _graph_size(model, level, Path(scratch) / name) for name, level in LEVELS.items()}
-    files = [PlannedFile(f"{ONNX_FOLDER}/{WEIGHTS}", weights)]
-    return files + [PlannedFile(f"{ONNX_FOLDER}/{name}", size, exact=False) for name, size in graphs.items()]
+        model, end = _sized_graph(usual, Path(scratch) / "usual")
+        sizes = {name: _graph_size(model, level, Path(scratch) / name) for name, level in LEVELS.items()}
+        model, _ = _sized_graph(widest, Path(scratch) / "widest")
+        possible = {MATMUL[fmt] for formats in skeleton.formats.values() for fmt in formats}
+        most = {name: _graph_size(model, level, Path(scratch) / name, possible) for name, level in LEVELS.items()}
+    weights = end + usual.unspent + _padding(usual)
+    graphs = [
+        PlannedFile(f"{ONNX_FOLDER}/{name}", size, most[name] + segments * NUMBER_BYTES, exact=False)
+        for name, size in sizes.items()
+    ]
+    return [PlannedFile(f"{ONNX_FOLDER}/{WEIGHTS}", weights, weights), *graphs]
+
+
+def _sized_graph(skeleton: Skeleton, scratch: Path) -> tuple[ir.Model, int]:
+    """The graph of a skeleton, and the size of its file of weights."""
+    one_row = replace(skeleton.checkpoint, model=_one_row(skeleton.model))
+    graph_model, _ = build_float_graph(one_row, scratch)
+    model = quantized_graph(one_row, graph_model)
+    return model, _externalize_shapes(model.graph, skeleton.model)
+
+
+def _ungrouped(model: QuantizedModel) -> QuantizedModel:
+    """Every linear in a group of its own, of a longer name: none cuts the activation as another does."""
+    groups = [
+        InputGroup(f"{group.name}.{linear.name}", group.permutation if linear is group.linears[0] else None, (linear,))
+        for group in model.groups
+        for linear in group.linears
+    ]
+    return replace(model, groups=tuple(groups))
 
 
 def _one_row(model: QuantizedModel) -> QuantizedModel:
@@ -88,8 +117,12 @@ def _externalize_shapes(graph: ir.Graph, model: QuantizedModel) -> int:
     return end
 
 
-def _graph_size(model: ir.Model, accuracy_level: int, path: Path) -> int:
+def _graph_size(model: ir.Model, accuracy_level: int, path: Path, more_operators: Collection[str] = ()) -> int:
+    """Bytes of the graph with the operators that it uses, and more of them by name."""
     set_operators(model, accuracy_level)
+    for function in operators(accuracy_level):
+        if function.name in more_operators:
+            model.functions[function.identifier()] = function
     ir.save(model, path)
     return path.stat().st_size
 

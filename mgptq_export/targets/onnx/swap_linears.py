@@ -41,7 +41,7 @@ class _GroupInput:
         if len(widths) == 1:
             return [self.columns]
         if widths not in self.pieces:
-            name = f"{self.name}/split_{'_'.join(map(str, widths))}"
+            name = f"{self.name}/split_{len(self.pieces)}"
             sizes = ir.node("Constant", [], {"value_ints": list(widths)}, name=f"{name}/sizes")
             sizes.outputs[0].name = f"{name}/sizes/output_0"
             node = ir.node("Split", [self.columns, sizes.outputs[0]], {"axis": -1}, num_outputs=len(widths), name=name)
