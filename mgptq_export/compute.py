@@ -1,14 +1,37 @@
-"""The type that matrix products are computed in."""
+"""The type that a model is computed in, and how much of it at once."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["compute_dtype"]
+__all__ = ["compute_dtype", "computing_in", "pieces"]
+
+# What is made in float32 of this many numbers stays in a processor's cache.
+CACHED_NUMBERS = 1 << 18
+# Other devices have no such cache, and starting a piece takes them longer.
+PIECE_NUMBERS = 1 << 24
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it faster than float32, else float32."""
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products and attention of a float32 model in ``dtype``, and what follows from these."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def pieces(matrix: torch.Tensor) -> Iterator[slice]:
+    """Runs of a matrix's rows that are quickest to compute one after the other."""
+    rows, columns = matrix.shape
+    numbers = CACHED_NUMBERS if matrix.device.type == "cpu" else PIECE_NUMBERS
+    step = max(1, numbers // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))

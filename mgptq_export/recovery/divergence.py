@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from mgptq_export.recovery.matrix import BlockMatrix, Factors, block_sums, dequantize
+from mgptq_export.recovery.matrix import BlockMatrix, Factors
 
 __all__ = ["divergence"]
 
 # Large enough for an efficient product with the head, and how many of those rows fit the processor's caches at once.
-POSITIONS, CACHED_LOGITS = 256, 1 << 20
+POSITIONS, CACHED_LOGITS = 1024, 1 << 16
 VOCABULARY_PIECE = 4096
 
 
@@ -22,7 +21,7 @@ def divergence(
     Products are computed in the type of ``original_head``. Differentiable in ``hidden`` and the head's scales.
 
     Args:
-        hidden: what the quantized head reads, float32 [positions, columns].
+        hidden: what the quantized head reads, [positions, columns].
         matrix: the quantized head, in natural column order.
         original: what the original head reads, [positions, hidden].
         original_head: [vocabulary, hidden].
@@ -47,9 +46,7 @@ class _Divergence(torch.autograd.Function):
         trains: bool,
     ) -> torch.Tensor:
         dtype, factors = original_head.dtype, Factors(scales, minima)
-        columns, padded = hidden.shape[1], matrix.values.shape[1]
-        inputs = functional.pad(hidden.to(dtype), (0, padded - columns))
-        head = dequantize(matrix.values, factors, dtype)
+        inputs, head = hidden.to(dtype), matrix.weight(factors, dtype)
         logits = torch.empty(len(hidden), len(head), dtype=dtype, device=hidden.device)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(hidden), POSITIONS):
@@ -57,8 +54,8 @@ class _Divergence(torch.autograd.Function):
             torch.mm(inputs[piece], head.T, out=logits[piece])
             total += _replace_by_gradients(logits[piece], original[piece].to(dtype) @ original_head.T)
         if trains:
-            of_hidden = (logits @ head)[:, :columns].float()
-            ctx.save_for_backward(of_hidden / len(hidden), *_of_factors(logits, inputs, matrix, factors))
+            of_hidden = (logits @ head).to(hidden.dtype)
+            ctx.save_for_backward(of_hidden / len(hidden), *_of_factors(logits, inputs, matrix))
         return (total / len(hidden)).float()
 
     @staticmethod
@@ -98,13 +95,13 @@ def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return exponentials.div_(sums), (sums.log() + largest).squeeze(-1)
 
 
-def _of_factors(
-    gradients: torch.Tensor, inputs: torch.Tensor, matrix: BlockMatrix, factors: Factors
-) -> list[torch.Tensor]:
-    """Gradients of the head's scales and minima, for the mean over positions."""
-    pieces = []
+def _of_factors(gradients: torch.Tensor, inputs: torch.Tensor, matrix: BlockMatrix) -> list[torch.Tensor]:
+    """Gradients of the head's scales and, where it has any, minima, for the mean over positions."""
+    scales, minima = [], []
     for start in range(0, len(matrix.values), VOCABULARY_PIECE):
         rows = slice(start, start + VOCABULARY_PIECE)
-        part = Factors(factors.scales[rows], None if factors.minima is None else factors.minima[rows])
-        pieces.append(block_sums(gradients[:, rows].T @ inputs, matrix.values[rows], part))
-    return [torch.cat(parts).div_(len(inputs)) for parts in zip(*pieces, strict=True)]
+        found = matrix.take_gradient(gradients[:, rows].T @ inputs, rows)
+        scales.append(found.scales)
+        if found.minima is not None:
+            minima.append(found.minima)
+    return [torch.cat(parts).div_(len(inputs)) for parts in (scales, minima) if parts]

@@ -4,15 +4,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn import functional
 
+from mgptq_export.compute import pieces
 from mgptq_export.solver.scales import representable
 from mgptq_runtime.formats import FORMATS, GGML_FORMATS
 from mgptq_runtime.quantized_model import QuantizedLinear, Segment
 
-__all__ = ["BlockMatrix", "Factors", "block_sums", "dequantize"]
+__all__ = ["BlockMatrix", "Factors"]
 
-# Rows are taken in pieces of about this many weights, so that float32 copies stay small and near the processor.
-PIECE_WEIGHTS = 1 << 20
+ALL_ROWS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -28,66 +29,37 @@ class Factors:
     minima: torch.Tensor | None = None
 
 
-def dequantize(values: torch.Tensor, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
-    """Weights of a matrix, or of some of its rows.
-
-    Args:
-        values: int8 [rows, columns], whole blocks.
-        factors: of as many rows.
-
-    Returns:
-        [rows, columns], computed in float32 and rounded to ``dtype`` once.
-    """
-    rows, columns = values.shape
-    weight = torch.empty(rows, columns, dtype=dtype, device=values.device)
-    step = max(1, PIECE_WEIGHTS // columns)
-    for start in range(0, rows, step):
-        piece = slice(start, start + step)
-        scales = factors.scales[piece].unsqueeze(-1)
-        part = values[piece].float().view(*scales.shape[:2], -1).mul_(scales)
-        if factors.minima is not None:
-            part -= factors.minima[piece].unsqueeze(-1)
-        weight[piece] = part.view(-1, columns)
-    return weight
-
-
-def block_sums(gradient: torch.Tensor, values: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, ...]:
-    """Gradients of scales and minima where a matrix's weights have ``gradient``, [rows, columns].
-
-    Returns:
-        (of scales, of minima), float32 [rows, blocks] each; the second only where there are minima.
-    """
-    blocks = (*factors.scales.shape, -1)
-    gradient = gradient.float().view(blocks)
-    scales = (gradient * values.view(blocks)).sum(-1)
-    return (scales,) if factors.minima is None else (scales, -gradient.sum(-1))
-
-
 class BlockMatrix:
-    """The values of a matrix in storage order, and its trainable scales.
+    """The values of a matrix in the model's own column order, and its trainable scales.
+
+    Blocks are runs of stored columns, which a permutation scatters over the model's; :meth:`spread` and
+    :meth:`block_sums` go from blocks to columns and back.
 
     Attributes:
-        values: int8 [rows, columns], padded to whole blocks; zero in the padding.
+        values: int8 [rows, columns], without padding.
         d: float32 [rows, blocks], trained.
         dmin: float32 [rows, blocks], trained; None for types without minima.
-        permutation, inverse: int64 [columns]: the column at each place, and the place of each column; or None.
     """
 
     def __init__(self, linear: QuantizedLinear, device: torch.device) -> None:
         parts = [_read_segment(segment) for segment in linear.segments]
+        stored = np.concatenate([part.values for part in parts], axis=1)
+        place = np.arange(linear.columns) if linear.permutation is None else np.argsort(linear.permutation)
         self.linear = linear
-        self.values = torch.from_numpy(np.concatenate([part.values for part in parts], axis=1)).to(device)
-        self.values[:, linear.columns :] = 0
+        self.values = torch.from_numpy(stored[:, place]).to(device)
         self.d = _leaf(np.concatenate([part.d for part in parts], axis=1), device)
         # Only types that are a linear's one segment have more than one scale per block.
         self.dmin = None if parts[0].dmin is None else _leaf(parts[0].dmin, device)
         self._scales = None if parts[0].scales is None else torch.from_numpy(parts[0].scales).to(device)
         self._mins = None if parts[0].mins is None else torch.from_numpy(parts[0].mins).to(device)
         self._start = [parameter.detach().clone() for parameter in self.parameters()]
-        self.permutation = self.inverse = None
-        if linear.permutation is not None:
-            self.permutation = torch.from_numpy(linear.permutation.astype(np.int64)).to(device)
-            self.inverse = self.permutation.argsort()
+        blocks = (self.d if self._scales is None else self._scales).shape[1]
+        self._width = stored.shape[1] // blocks
+        block = torch.from_numpy(place // self._width)
+        self._block = block.to(device)
+        # Whole blocks side by side are summed without a product, whose cost grows with the number of blocks.
+        contiguous = linear.permutation is None and linear.columns == stored.shape[1]
+        self._members = None if contiguous else functional.one_hot(block, blocks).float().to(device)
 
     def parameters(self) -> list[torch.Tensor]:
         """What is trained."""
@@ -97,6 +69,39 @@ class BlockMatrix:
         """Scales and minima of sub-blocks where the type has these, else of blocks; differentiable."""
         minima = None if self.dmin is None or self._mins is None else _spread(self.dmin, self._mins)
         return Factors(self.d if self._scales is None else _spread(self.d, self._scales), minima)
+
+    def spread(self, of_blocks: torch.Tensor) -> torch.Tensor:
+        """Every block's number for each of its columns: [..., blocks] to [..., columns]."""
+        return of_blocks.index_select(-1, self._block)
+
+    def block_sums(self, of_columns: torch.Tensor) -> torch.Tensor:
+        """Sums over the columns of every block: float32 [rows, columns] to [rows, blocks]."""
+        if self._members is None:
+            return of_columns.view(len(of_columns), -1, self._width).sum(-1)
+        return of_columns @ self._members
+
+    def weight(self, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, columns], computed in float32 and rounded to ``dtype`` once."""
+        weight = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
+        for piece in pieces(weight):
+            part = self.values[piece].float().mul_(self.spread(factors.scales[piece]))
+            if factors.minima is not None:
+                part -= self.spread(factors.minima[piece])
+            weight[piece] = part
+        return weight
+
+    def take_gradient(self, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> Factors:
+        """Gradients of scales and minima, float32, where the weights of ``rows`` have ``gradient``, [rows, columns].
+
+        All gradients of linears and head pass here, once a step: what else is trained finds its own here.
+        """
+        values, scales, minima = self.values[rows], [], []
+        for piece in pieces(gradient):
+            part = gradient[piece].float()
+            if self.dmin is not None:
+                minima.append(self.block_sums(part).neg_())
+            scales.append(self.block_sums(part.mul_(values[piece].float())))
+        return Factors(torch.cat(scales), torch.cat(minima) if minima else None)
 
     @torch.no_grad()
     def round(self) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from mgptq_export.compute import computing_in
 from mgptq_export.models import SourceModel
 from mgptq_export.recovery.divergence import divergence
 from mgptq_export.recovery.matrix import BlockMatrix
-from mgptq_export.recovery.modules import BlockEmbedding, BlockLinear
+from mgptq_export.recovery.modules import BlockEmbedding, BlockLinear, RootMeanSquareNorm
 from mgptq_export.recovery.optimizer import Trained
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel
 
@@ -44,7 +45,8 @@ class Student:
             original: what the original's head reads, [sequences, length, hidden].
             original_head: [vocabulary, hidden].
         """
-        hidden = self.source.model.model(tokens, use_cache=False).last_hidden_state
+        with computing_in(original_head.dtype, tokens.device):
+            hidden = self.source.model.model(tokens, use_cache=False).last_hidden_state
         head = self.quantized.head or self.quantized.embedding
         matrix = self.matrices[head.name]
         return divergence(hidden.flatten(0, 1), matrix, original.flatten(0, 1), original_head)
@@ -86,6 +88,13 @@ def _unit(values: torch.Tensor) -> torch.Tensor:
     return values.abs().clamp_min(LEAST_UNIT * float(values.square().mean().sqrt()))
 
 
+def _norms(source: SourceModel) -> dict[str, torch.Tensor]:
+    """Weights of norms by the path of the module."""
+    parameters = {path: one for path, one in source.model.named_parameters() if path.endswith(".weight")}
+    norms = {path: one for path, one in parameters.items() if source.family.tensor_of_parameter(path) is not None}
+    return {path.removesuffix(".weight"): one for path, one in norms.items()}
+
+
 @contextmanager
 def trainable(source: SourceModel, quantized: QuantizedModel, dtype: torch.dtype) -> Iterator[Student]:
     """Let a model compute with ``quantized``; afterwards all modules are the model's own again.
@@ -102,9 +111,14 @@ def trainable(source: SourceModel, quantized: QuantizedModel, dtype: torch.dtype
     own: dict[str, Any] = {paths[id(module)]: module for module in linears.values()}
     embedding: Any = model.model.embed_tokens
     own["model.embed_tokens"] = embedding
+    norms = _norms(source)
+    own |= {path: model.get_submodule(path) for path in norms}
+    epsilon = float(model.config.rms_norm_eps)
     try:
         for name, module in linears.items():
             model.set_submodule(paths[id(module)], BlockLinear(matrices[name], module.bias, dtype))
+        for path, weight in norms.items():
+            model.set_submodule(path, RootMeanSquareNorm(weight, source.family.norm_offset, epsilon, dtype))
         # Gemma multiplies embeddings by a constant.
         multiplier = float(getattr(embedding, "embed_scale", 1.0))
         model.set_submodule("model.embed_tokens", BlockEmbedding(matrices[quantized.embedding.name], multiplier))

@@ -1,9 +1,8 @@
 """The original model's predictions, kept as what its head reads."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 
+from mgptq_export.compute import computing_in
 from mgptq_export.models import SourceModel
 from mgptq_runtime.progress import track
 
@@ -24,15 +23,14 @@ class Teacher:
         model = original.model
         batches = tokens.split(SEQUENCES_AT_ONCE)
         states = []
-        with torch.no_grad(), _faster(model.device, dtype), track("Reading with the original", len(batches)) as advance:
+        with (
+            torch.no_grad(),
+            computing_in(dtype, model.device),
+            track("Reading with the original", len(batches)) as advance,
+        ):
             for batch in batches:
                 output = model.model(batch.to(model.device), use_cache=False)
                 states.append(output.last_hidden_state.to(dtype))
                 advance()
         self.states = torch.cat(states)
         self.head = model.lm_head.weight.detach().to(dtype)
-
-
-def _faster(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Matrix products in ``dtype``."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

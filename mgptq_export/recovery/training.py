@@ -2,11 +2,13 @@
 
 import logging
 import math
+import time
+from dataclasses import dataclass
 
 import torch
 
+from mgptq_export.compute import compute_dtype
 from mgptq_export.models import SourceModel, load_quantized_weights
-from mgptq_export.recovery.compute import compute_dtype
 from mgptq_export.recovery.optimizer import RelativeAdam, cosine
 from mgptq_export.recovery.student import Student, trainable
 from mgptq_export.recovery.teacher import Teacher
@@ -14,12 +16,23 @@ from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import QuantizedModel
 
-__all__ = ["recover"]
+__all__ = ["Recovered", "recover"]
 
 logger = logging.getLogger(__name__)
 
 WARM_UP_SHARE = 0.05
 CHECKED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """Attributes:
+    model: the recovered model.
+    steps: that were taken.
+    """
+
+    model: QuantizedModel
+    steps: int
 
 
 def recover(
@@ -28,12 +41,13 @@ def recover(
     quantized: QuantizedModel,
     tokens: torch.Tensor,
     *,
-    steps: int,
-    batch_tokens: int = 1024,
+    steps: int = 0,
+    minutes: float | None = None,
+    batch_tokens: int = 2048,
     learning_rate: float = 0.005,
     seed: int = 0,
     dtype: torch.dtype | None = None,
-) -> QuantizedModel:
+) -> Recovered:
     """Bring a quantized model's predictions closer to the original's.
 
     The scales of all blocks, the norms and the biases are trained on the KL divergence of the next token's
@@ -46,23 +60,29 @@ def recover(
         quantized: the model to train.
         tokens: the text, int64 [sequences, length]; drawn in random order, several times where it is short.
         steps: of the optimizer; none return ``quantized``.
+        minutes: take as many steps as fit in, instead of ``steps``, one at least. Give ``steps`` what the result says
+            to get the same model again.
         batch_tokens: per step, in whole sequences, one at least.
         learning_rate: the largest change of a scale in a step, relative to its size.
         seed: of the order of the text.
         dtype: of matrix products; by default bfloat16 where the machine has it, else float32.
 
     Returns:
-        the trained model; ``quantized`` itself, with a warning, where training did not lower the loss.
+        the trained model and the steps taken; ``quantized`` itself, with a warning, where training did not lower the
+        loss.
 
     Raises:
         NumericalError: the loss is NaN or infinite.
     """
-    if steps <= 0:
-        return quantized
+    if steps <= 0 and minutes is None:
+        return Recovered(quantized, 0)
     dtype = dtype or compute_dtype(source.model.device)
-    chosen, batches = _draw(len(tokens), steps, max(1, batch_tokens // tokens.shape[1]), seed)
-    tokens = tokens[chosen].to(source.model.device)
+    per_step = max(1, batch_tokens // tokens.shape[1])
     with trainable(source, quantized, dtype) as student:
+        if minutes is not None:
+            steps = _steps_within(60 * minutes, student, original, tokens[:per_step].to(source.model.device), dtype)
+        chosen, batches = _draw(len(tokens), steps, per_step, seed)
+        tokens = tokens[chosen].to(source.model.device)
         losses = _Losses(student, Teacher(original, tokens, dtype), tokens)
         checked = batches[:CHECKED_BATCHES]
         before = losses.mean(checked)
@@ -74,7 +94,21 @@ def recover(
     if result is quantized:
         logger.warning("recovery did not lower the loss (%.4f before, %.4f after); nothing was changed", before, after)
     load_quantized_weights(source, result)
-    return result
+    return Recovered(result, steps)
+
+
+def _steps_within(
+    seconds: float, student: Student, original: SourceModel, batch: torch.Tensor, dtype: torch.dtype
+) -> int:
+    """How many steps on batches like this one take so long; nothing is trained."""
+    all_places = torch.arange(len(batch))
+    _Losses(student, Teacher(original, batch, dtype), batch).on(all_places).backward()  # the first one takes longer
+    start = time.monotonic()
+    _Losses(student, Teacher(original, batch, dtype), batch).on(all_places).backward()
+    each = time.monotonic() - start
+    for one in student.trained():
+        one.values.grad = None
+    return max(1, int(seconds / each))
 
 
 class _Losses:

@@ -15,8 +15,8 @@ from mgptq_export.models import SourceModel, load_quantized_weights, load_source
 from mgptq_export.quantize import quantize
 from mgptq_export.recovery import recover, training
 from mgptq_export.recovery.divergence import divergence
-from mgptq_export.recovery.matrix import BlockMatrix, dequantize
-from mgptq_export.recovery.modules import BlockEmbedding, BlockLinear
+from mgptq_export.recovery.matrix import BlockMatrix
+from mgptq_export.recovery.modules import BlockEmbedding, BlockLinear, RootMeanSquareNorm
 from mgptq_export.recovery.optimizer import cosine
 from mgptq_export.recovery.student import trainable
 from mgptq_runtime.errors import NumericalError
@@ -46,7 +46,8 @@ class Case:
         """The model with its recovered weights, and the recovered quantized model."""
         settings = {"batch_tokens": 192, "learning_rate": 0.02, "seed": 3, "dtype": SINGLE, **options}
         source = self.source.copy()
-        return source, recover(source, self.original(), self.model, self.tokens, steps=steps, **settings)  # type: ignore[arg-type]
+        recovered = recover(source, self.original(), self.model, self.tokens, steps=steps, **settings)  # type: ignore[arg-type]
+        return source, recovered.model
 
 
 def _disturbed(model: QuantizedModel, generator: torch.Generator) -> QuantizedModel:
@@ -122,17 +123,20 @@ def _random_linear(fmt: str, rows: int, columns: int, permuted: bool, seed: int 
     return QuantizedLinear("blk.0.ffn_down", rows, columns, (Segment(fmt, data),), permutation)
 
 
-ALL_FORMATS = [(fmt, 200, True) for fmt in FORMATS] + [(fmt, 256, False) for fmt in GGML_FORMATS]
+ALL_FORMATS = [(fmt, columns, permuted) for fmt in FORMATS for columns in (200, 256) for permuted in (True, False)]
+ALL_FORMATS += [(fmt, 256, False) for fmt in GGML_FORMATS]
 
 
 def _dense(matrix: BlockMatrix) -> torch.Tensor:
-    """The weights as plain differentiable arithmetic, in the model's own column order."""
-    factors = matrix.factors()
-    weight = matrix.values.float().view(*factors.scales.shape, -1) * factors.scales.unsqueeze(-1)
+    """The weights as plain differentiable arithmetic on whole stored blocks, in the model's own column order."""
+    factors, linear = matrix.factors(), matrix.linear
+    order = torch.arange(linear.columns) if linear.permutation is None else torch.from_numpy(linear.permutation).long()
+    padding = sum(segment.columns for segment in linear.segments) - linear.columns
+    stored = torch.nn.functional.pad(matrix.values[:, order].float(), (0, padding))
+    weight = stored.view(*factors.scales.shape, -1) * factors.scales.unsqueeze(-1)
     if factors.minima is not None:
         weight = weight - factors.minima.unsqueeze(-1)
-    weight = weight.flatten(1)[:, : matrix.linear.columns]
-    return weight if matrix.inverse is None else weight[:, matrix.inverse]
+    return weight.flatten(1)[:, order.argsort()]
 
 
 def _assert_close_gradients(matrix: BlockMatrix, ours: torch.Tensor, dense: torch.Tensor, x: torch.Tensor) -> None:
@@ -146,16 +150,20 @@ def test_a_matrix_holds_the_weights_of_its_linear(fmt: str, columns: int, permut
     """Trusted: the runtime's dequantization."""
     linear = _random_linear(fmt, 7, columns, permuted)
     matrix = BlockMatrix(linear, torch.device("cpu"))
-    weight = dequantize(matrix.values, matrix.factors(), SINGLE).detach()[:, :columns]
-    np.testing.assert_array_equal(weight.numpy(), linear.dequantize_permuted())
+    weight = matrix.weight(matrix.factors(), SINGLE).detach()
+    np.testing.assert_array_equal(weight.numpy(), linear.dequantize())
     matrix.round()
     same = matrix.quantized()
     np.testing.assert_array_equal(same.segments[0].data, linear.segments[0].data)
 
 
 @pytest.mark.parametrize(("fmt", "columns", "permuted"), ALL_FORMATS)
-def test_gradients_of_a_linear_are_those_of_a_dense_one(fmt: str, columns: int, permuted: bool) -> None:
-    """Trusted: autograd on plain arithmetic."""
+def test_gradients_of_a_linear_are_those_of_a_dense_one(
+    fmt: str, columns: int, permuted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces that do not divide the whole. Trusted: autograd on plain arithmetic."""
+    monkeypatch.setattr("mgptq_export.compute.CACHED_NUMBERS", 3 * columns)
+    monkeypatch.setattr("mgptq_export.recovery.modules.TRANSPOSED_ROWS", 4)
     matrix = BlockMatrix(_random_linear(fmt, 7, columns, permuted), torch.device("cpu"))
     x = torch.randn(2, 5, columns, requires_grad=True)
     target = torch.randn(2, 5, 7)
@@ -164,16 +172,29 @@ def test_gradients_of_a_linear_are_those_of_a_dense_one(fmt: str, columns: int, 
     _assert_close_gradients(matrix, (ours * target).sum(), (dense * target).sum(), x)
 
 
-@pytest.mark.parametrize("fmt", ["b4", "q8_0", "q4_k"])
-def test_gradients_of_an_embedding_are_those_of_a_dense_one(fmt: str) -> None:
-    matrix = BlockMatrix(_random_linear(fmt, 40, 256, False), torch.device("cpu"))
+@pytest.mark.parametrize(("fmt", "columns"), [("b4", 200), ("b4", 256), ("q8_0", 256), ("q4_k", 256)])
+def test_gradients_of_an_embedding_are_those_of_a_dense_one(fmt: str, columns: int) -> None:
+    matrix = BlockMatrix(_random_linear(fmt, 40, columns, False), torch.device("cpu"))
     tokens = torch.randint(40, (3, 20))
-    target = torch.randn(3, 20, 256)
+    target = torch.randn(3, 20, columns)
     ours, dense = BlockEmbedding(matrix, 1.5)(tokens), _dense(matrix)[tokens] * 1.5
     torch.testing.assert_close(ours, dense)
     inputs = matrix.parameters()
     found, wanted = (torch.autograd.grad((rows * target).sum(), inputs) for rows in (ours, dense))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_gradients_of_a_norm_are_those_of_plain_arithmetic(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces that do not divide the whole."""
+    monkeypatch.setattr("mgptq_export.compute.CACHED_NUMBERS", 4 * 24)
+    x, weight = torch.randn(2, 5, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+    target = torch.randn(2, 5, 24)
+    ours = RootMeanSquareNorm(weight, offset, 0.01, SINGLE)(x)
+    plain = x / (x.square().mean(-1, keepdim=True) + 0.01).sqrt() * (weight + offset)
+    torch.testing.assert_close(ours, plain)
+    found, wanted = (torch.autograd.grad((y * target).sum(), [x, weight]) for y in (ours, plain))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(("fmt", "columns"), [("b2", 200), ("b4", 256), ("q4_k", 256)])
@@ -308,7 +329,7 @@ def test_no_steps_change_nothing(cases: Callable[[str, str], Case]) -> None:
 
 def test_a_model_that_got_worse_is_dropped(cases: Callable[[str, str], Case], caplog: pytest.LogCaptureFixture) -> None:
     case = cases("gemma3", "columns")
-    source, model = case.recover(steps=3, learning_rate=3.0)
+    source, model = case.recover(steps=3, learning_rate=30.0)
     assert model is case.model and "recovery did not lower the loss" in caplog.text
     assert _parameters_equal(source, case.source)
 
@@ -322,6 +343,17 @@ def test_a_loss_that_is_no_number_is_an_error(cases: Callable[[str, str], Case])
     with pytest.raises(NumericalError, match="the loss of recovery is nan"):
         recover(source, broken, case.model, case.tokens, steps=1, seed=0, dtype=SINGLE)
     assert _parameters_equal(source, case.source)
+
+
+def test_minutes_become_steps_that_give_the_same_model_again(cases: Callable[[str, str], Case]) -> None:
+    case = cases("llama", "columns")
+    options = {"batch_tokens": 192, "learning_rate": 0.02, "dtype": SINGLE}
+    timed = recover(case.source.copy(), case.original(), case.model, case.tokens, minutes=0.01, **options)  # type: ignore[arg-type]
+    assert timed.steps >= 1
+    again = recover(case.source.copy(), case.original(), case.model, case.tokens, steps=timed.steps, **options)  # type: ignore[arg-type]
+    for one, other in zip(timed.model.linears(), again.model.linears(), strict=True):
+        np.testing.assert_array_equal(one.dequantize(), other.dequantize())
+    assert recover(case.source.copy(), case.original(), case.model, case.tokens, minutes=1e-9, **options).steps == 1  # type: ignore[arg-type]
 
 
 def test_bfloat16_recovers_as_well(cases: Callable[[str, str], Case]) -> None:
