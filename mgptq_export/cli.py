@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mgptq_export.recipe import ALLOCATORS, Recipe
+from mgptq_export.recipe import ALLOCATORS, FAST, Recipe
+from mgptq_export.sizes import format_size, parse_size
 from mgptq_runtime.errors import MgptqError
 from mgptq_runtime.signals import exit_on_signals, ignore_signals
 
@@ -32,6 +34,22 @@ def _split(context: click.Context, parameter: click.Parameter, value: str) -> li
 
 def _types(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip().lower() for name in value.split(",") if name.strip()))
+
+
+def _bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _recipe(bits: float | None, size: int | None, fast: bool = False, **others: Any) -> Recipe:
+    if bits is not None and size is not None:
+        raise click.UsageError("--bits and --size exclude each other: bits are what a size has room for; give one")
+    context = click.get_current_context()
+    if fast:  # what was asked for by name stays
+        others |= {k: v for k, v in FAST.items() if context.get_parameter_source(k) is not ParameterSource.COMMANDLINE}
+    return Recipe(bits=Recipe.bits if bits is None else bits, size=size, **others)
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -62,14 +80,19 @@ TEXT = _options(
     click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window."),
     click.option("--windows", type=click.IntRange(1), default=30, show_default=True, help="Windows to score."),
 )
-RECIPE = _options(
+BUDGET = _options(
     click.option(
-        "--bits",
-        type=float,
-        default=Recipe.bits,
-        show_default=True,
-        help="Stored bits per linear weight, all overheads counted.",
+        "--bits", type=float, help=f"Stored bits per linear weight, all overheads counted. [default: {Recipe.bits}]"
     ),
+    click.option(
+        "--size",
+        callback=_bytes,
+        help="Instead of --bits: what the model file of every target may take, everything in it counted, such as 50MB, "
+        "48MiB or a number of bytes. Of ONNX that is model.onnx and model.onnx.data.",
+    ),
+)
+RECIPE = _options(
+    BUDGET,
     click.option("--allocator", type=click.Choice(ALLOCATORS), default=Recipe.allocator, show_default=True),
     click.option(
         "--calibration",
@@ -97,12 +120,27 @@ RECIPE = _options(
     ),
     GGML_TYPES,
     click.option(
+        "--trials",
+        type=click.IntRange(1),
+        default=Recipe.trials,
+        show_default=True,
+        help="Quantizations of the whole model that the gnn allocator learns from.",
+    ),
+    click.option(
         "--recovery-steps",
         type=click.IntRange(0),
         default=Recipe.recovery_steps,
         show_default=True,
-        help="Steps of end-to-end training of scales and norms on the calibration text; 100 take minutes.",
+        help="Steps of end-to-end training of scales and norms on the calibration text; 0 leaves it out.",
     ),
+    click.option(
+        "--recover",
+        "recovery_minutes",
+        type=click.FloatRange(0, min_open=True),
+        metavar="MINUTES",
+        help="Train that long instead, for each layout of weights; the package records the steps taken.",
+    ),
+    click.option("--fast", is_flag=True, help="For a first look: less calibration, fewer trials, a short recovery."),
 )
 
 
@@ -151,7 +189,7 @@ def run(
     manifest = pipeline.run(
         model,
         out,
-        Recipe(**recipe),
+        _recipe(**recipe),
         targets,
         text=pipeline.EvaluationText(text, window, windows) if text else None,
         device=device,
@@ -189,7 +227,7 @@ def quantize(
     manifest = pipeline.run(
         model,
         out,
-        Recipe(**recipe),
+        _recipe(**recipe),
         targets,
         export_targets=False,
         device=device,
@@ -266,7 +304,7 @@ def inspect(package: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--bits", type=float, default=Recipe.bits, show_default=True)
+@BUDGET
 @click.option("--embedding-format", type=click.Choice(["b4", "b8"]), default=Recipe.embedding_format, show_default=True)
 @click.option("--targets", default=",".join(TARGET_NAMES), show_default=True, callback=_split, help="Targets to plan.")
 @GGML_TYPES
@@ -274,18 +312,15 @@ def inspect(package: Path, as_json: bool) -> None:
 @JSON
 def plan(
     model: str,
-    bits: float,
-    embedding_format: str,
     targets: list[str],
-    ggml_types: tuple[str, ...],
     trust_remote_code: bool,
     as_json: bool,
+    **recipe: Any,
 ) -> None:
-    """Say what MODEL would become at --bits, and which targets can reach it, without running anything."""
+    """Say what MODEL would become at --bits or in --size, and which targets reach it, without running anything."""
     from mgptq_export.planning import plan_model
 
-    recipe = Recipe(bits=bits, embedding_format=embedding_format, ggml_types=ggml_types)
-    planned = plan_model(model, recipe, targets, trust_remote_code=trust_remote_code)
+    planned = plan_model(model, _recipe(**recipe), targets, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(planned))
         return
@@ -293,14 +328,14 @@ def plan(
 
 
 def _print_plan(planned: dict[str, Any]) -> None:
-    table = Table(
-        "target", "bits it can reach", f"at {planned['bits']:g} bits", title=f"{planned['name']} ({planned['family']})"
-    )
+    size = planned["size"]
+    budget = f"at {planned['bits']:g} bits" if size is None else f"in {format_size(size)}"
+    table = Table("target", "bits it can reach", budget, title=f"{planned['name']} ({planned['family']})")
     for name, target in planned["targets"].items():
         reach = "none"
         if "lowest_bits" in target:
             reach = f"{math.ceil(target['lowest_bits'] * 100) / 100:.2f} to {target['highest_bits']:.2f}"
-        table.add_row(name, reach, _planned_size(target))
+        table.add_row(name, reach, _planned_size(target, size))
     console = Console(highlight=False)
     console.print(table)
     for name, target in planned["targets"].items():
@@ -308,9 +343,11 @@ def _print_plan(planned: dict[str, Any]) -> None:
             console.print(line, markup=False)
 
 
-def _planned_size(target: dict[str, Any]) -> str:
+def _planned_size(target: dict[str, Any], size: int | None) -> str:
     if not target["reachable"]:
         return f"not reachable: {escape(target['reason'])}"
+    if size is not None:
+        return f"{target['bits']:g} bits, at most {format_size(target['model_bytes'])}"
     about = "" if all(file["exact"] for file in target["files"]) else "about "
     return f"{about}{target['file_bytes'] / 1e6:.1f} MB"
 
@@ -344,14 +381,15 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
         click.echo(json.dumps(manifest))
         return
     console = Console()
-    bits = manifest["bits"]
     table = Table("file", "MB", title=f"{manifest['name']} in {out}")
     for file in manifest["files"]:
         table.add_row(file["path"], f"{file['bytes'] / 1e6:.2f}")
     console.print(table)
+    size = manifest.get("size", {}).get("requested")
     for name, layout in manifest["layouts"].items():
-        stored = layout["bits"]["stored"]
-        console.print(f"stored bits per weight, {name} layout: {stored:.4f} (asked {bits['requested']})")
+        stored, asked = layout["bits"]["stored"], layout["bits"]["requested"]
+        budget = f"asked {asked}" if size is None else f"{asked} fit in {format_size(size)}"
+        console.print(f"stored bits per weight, {name} layout: {stored:.4f} ({budget})")
     if manifest.get("evaluation"):
         console.print(_evaluation_table(manifest["evaluation"]))
 

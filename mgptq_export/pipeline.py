@@ -5,9 +5,9 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_window
 from mgptq_export.golden import make_golden
 from mgptq_export.layouts import COLUMNS, LAYOUTS, Calibration, Layout
 from mgptq_export.models import SourceModel, load_quantized_weights, load_source
+from mgptq_export.planning import bits_for_size
 from mgptq_export.quantize import calibrate, check_budget, quantize
 from mgptq_export.recipe import Recipe
 from mgptq_export.recovery import recover
 from mgptq_export.targets import TARGETS, target_named
 from mgptq_runtime.backends import Backend
 from mgptq_runtime.check import DEFAULT_BOUNDS
-from mgptq_runtime.errors import BadInputError, OutputExistsError, PackageError
+from mgptq_runtime.errors import BadInputError, BudgetError, OutputExistsError, PackageError
 from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
 from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, file_sha256, open_package
 from mgptq_runtime.progress import track
@@ -175,13 +176,14 @@ def run(
         source = load_source(model, device=device, trust_remote_code=trust_remote_code)
         for target in targets:
             target_named(target).check_config(source.model.config)
+        recipes = _layout_recipes(source, recipe, targets)
         for layout in layouts:
-            check_budget(source, recipe, layout)
+            check_budget(source, recipes[layout.name], layout)
         _check_tokenizer(source, targets)
         windows = _windows(source, text) if text else None
         original = source.copy() if text else source
         calibration = calibrate(source, recipe)
-        solved = _quantize_into(folder, source, calibration, recipe, layouts)
+        solved = _quantize_into(folder, source, calibration, recipes)
         written = targets if export_targets else []
         _export_into(folder, solved, written)
         manifest = _write_manifest(folder, solved, written, None)
@@ -189,6 +191,21 @@ def run(
             quality = evaluate(windows, torch_scorer(original.model), _scorers(source, solved, folder, written))
             manifest = _write_manifest(folder, solved, written, _evaluation_json(text, windows, quality))
         return manifest
+
+
+def _layout_recipes(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dict[str, Recipe]:
+    """What each layout is quantized by: the recipe, its bits being those that its size has room for."""
+    layouts = _layouts_of(targets)
+    if recipe.size is None:
+        return {layout.name: recipe for layout in layouts}
+    shape = source.shape()
+    rows = shape.model.get_input_embeddings().weight.shape[0]
+    recipes = {}
+    with tokenizer_files(source.tokenizer_folder, rows) as folder:
+        for layout in layouts:
+            takers = [name for name in targets if target_named(name).layout is layout]
+            recipes[layout.name] = replace(recipe, bits=bits_for_size(shape, recipe, takers, folder))
+    return recipes
 
 
 def _check_tokenizer(source: SourceModel, targets: Sequence[str]) -> None:
@@ -331,21 +348,30 @@ def _windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
 
 
 def _quantize_into(
-    folder: Path, source: SourceModel, calibration: Calibration, recipe: Recipe, layouts: Sequence[Layout]
+    folder: Path, source: SourceModel, calibration: Calibration, recipes: Mapping[str, Recipe]
 ) -> list[Solved]:
-    """Quantize a copy of the model for every layout; ``source`` stays as it is."""
+    """Quantize a copy of the model for every layout, by its recipe; ``source`` stays as it is."""
     solved = []
-    for layout in layouts:
+    for name, recipe in recipes.items():
+        layout = LAYOUTS[name]
         working = source.copy()
         result = quantize(working, recipe, layout, calibration)
-        text = recovery_tokens(source, recipe, calibration.tokens) if recipe.recovery_steps else calibration.tokens
-        model = recover(working, source, result.model, text, steps=recipe.recovery_steps, seed=recipe.seed)
+        text = recovery_tokens(source, recipe, calibration.tokens) if recipe.recovers else calibration.tokens
+        recovered = recover(
+            working,
+            source,
+            result.model,
+            text,
+            steps=recipe.recovery_steps,
+            minutes=recipe.recovery_minutes,
+            seed=recipe.seed,
+        )
         checkpoint = write_checkpoint(
             folder / layout.folder,
-            model,
+            recovered.model,
             name=source.name,
             config=source.config,
-            recipe=recipe.to_json(),
+            recipe=replace(recipe, recovery_steps=recovered.steps).to_json(),
             tokenizer_folder=source.tokenizer_folder,
         )
         golden = make_golden(working.model, result.tokens)
@@ -361,7 +387,19 @@ def _export_into(folder: Path, solved: Sequence[Solved], targets: Sequence[str])
             target = target_named(name)
             one = by_layout[target.layout.name]
             target.write(one.checkpoint, one.golden, folder / target.path)
+            _check_size(folder, name, one.checkpoint)
             advance()
+
+
+def _check_size(folder: Path, name: str, checkpoint: Checkpoint) -> None:
+    """Raise BudgetError where a target's model file is larger than its recipe's size."""
+    size = _recipe_of(checkpoint).get("size")
+    found = target_named(name).model_bytes(folder)
+    if size is not None and found > size:
+        raise BudgetError(
+            f"the model file of target {name} takes {found} bytes, more than the {size} that the model was quantized "
+            f"for; quantize it again with {name} among the --targets, or for a smaller --size"
+        )
 
 
 def _scorers(source: SourceModel, solved: Sequence[Solved], package: Path, targets: Sequence[str]) -> dict[str, Scorer]:
@@ -403,10 +441,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _recipe_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The recipe of a checkpoint, as JSON values."""
+    return checkpoint.config["quantization_config"]["recipe"]
+
+
 def _bits(checkpoint: Checkpoint) -> dict[str, Any]:
     model = checkpoint.model
     return {
-        "requested": checkpoint.config["quantization_config"]["recipe"]["bits"],
+        "requested": _recipe_of(checkpoint)["bits"],
         "stored": model.bits_stored,
         "linear_weights": model.linear_weights,
         "weights_by_format": model.weights_by_format(),
@@ -423,9 +466,10 @@ def _write_manifest(
         "name": first.name,
         "family": first.model.family,
         "bits": _bits(first),
+        "size": {"requested": _recipe_of(first).get("size")},
         "layouts": {one.layout.name: {"folder": one.layout.folder, "bits": _bits(one.checkpoint)} for one in solved},
         "targets": list(targets),
-        "recipe": first.config["quantization_config"]["recipe"],
+        "recipe": _recipe_of(first),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),

@@ -1,46 +1,56 @@
 """What a quantization is asked for: the recipe that travels with the result."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.formats import FORMATS, GGML_FORMATS
 
-__all__ = ["ALLOCATORS", "Recipe"]
+__all__ = ["ALLOCATORS", "FAST", "Recipe"]
 
 ALLOCATORS = ("gnn", "hessian", "uniform")
+# For a first look: less of all that takes time.
+FAST: dict[str, Any] = {"samples": 16, "trials": 2, "training_steps": 40, "recovery_steps": 15}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Attributes:
     bits: stored bits per linear weight: codes, scales, padding and permutations.
+    size: bytes that the model file of each target may take, everything in it included; ``bits`` are then not what is
+        asked for, but what fits, see :func:`mgptq_export.planning.bits_for_size`.
     formats: what the allocator may choose from for every block, in container and ONNX.
     ggml_types: what it may choose from for every tensor, in llama.cpp's file; none: what suits the model.
     embedding_format: of the embedding and the head.
     allocator: ``gnn``, ``hessian`` or ``uniform``.
     calibration: ``self``, a file, or a hub data set.
-    samples, sequence_length: size of the calibration set, in sequences and tokens.
+    samples, sequence_length: size of the calibration set, in sequences and tokens; fewer where the text is shorter.
     sensitivity_samples: sequences whose loss gradients weigh the layers against one another.
     damping: of the Hessians, relative to the mean of their diagonal.
     seed: of everything random.
-    training_steps: of the allocator network.
+    trials: quantizations of the whole model that the allocator network learns from.
+    training_steps: of the network, after every trial but the last.
     recovery_steps: of training scales, norms and biases end to end on the calibration text, the codes being fixed.
+    recovery_minutes: as long, instead of so many steps; what a package records is the steps that were taken.
     """
 
     bits: float = 2.5
+    size: int | None = None
     formats: tuple[str, ...] = tuple(FORMATS)
     ggml_types: tuple[str, ...] = ()
     embedding_format: str = "b4"
     allocator: str = "gnn"
     calibration: str = "self"
-    samples: int = 16
+    samples: int = 128
     sequence_length: int = 512
     sensitivity_samples: int = 8
     damping: float = 0.01
     seed: int = 0
-    training_steps: int = 40
-    recovery_steps: int = 0
+    trials: int = 5
+    training_steps: int = 60
+    recovery_steps: int = 150
+    recovery_minutes: float | None = None
 
     def __post_init__(self) -> None:
         if self.allocator not in ALLOCATORS:
@@ -50,15 +60,24 @@ class Recipe:
             raise BadInputError(f"formats {sorted(unknown)} are unknown; choose from {', '.join(FORMATS)}")
         if unknown := set(self.ggml_types) - set(GGML_FORMATS):
             raise BadInputError(f"ggml types {sorted(unknown)} are unknown; choose from {', '.join(GGML_FORMATS)}")
-        for name in ("samples", "sequence_length", "sensitivity_samples"):
+        for name in ("samples", "sequence_length", "sensitivity_samples", "trials"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.recovery_steps < 0:
             raise BadInputError(f"recovery_steps is {self.recovery_steps}, must be 0 or more")
+        if self.recovery_minutes is not None and not 0 < self.recovery_minutes < math.inf:
+            raise BadInputError(f"recovery_minutes is {self.recovery_minutes}, must be above 0")
+        if self.size is not None and self.size < 1:
+            raise BadInputError(f"size is {self.size} bytes, must be at least 1")
         if not 0 <= self.seed < 1 << 63:
             raise BadInputError(f"seed is {self.seed}, must be 0 to 2^63 - 1")
         if not self.damping > 0:
             raise BadInputError(f"damping is {self.damping}, must be above 0")
+
+    @property
+    def recovers(self) -> bool:
+        """Whether anything is trained after the codes are fixed."""
+        return self.recovery_steps > 0 or self.recovery_minutes is not None
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""

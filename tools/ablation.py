@@ -4,7 +4,7 @@
         --text WikiText-2=wikitext2-test.txt --text C4=c4-evaluation.jsonl -o docs/ablation
 
 Writes OUT.json after every row and skips the rows that it holds already, so an interrupted run goes on where it
-stopped; OUT.md is the table. Every row of a seed shares one calibration.
+stopped; OUT.md is the table. The rows of a seed share one calibration.
 """
 
 import json
@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,26 +20,45 @@ from typing import Any
 import click
 import torch
 
-from mgptq_export.calibration import file_tokens
+from mgptq_export.calibration import file_tokens, recovery_tokens
 from mgptq_export.evaluation import evaluation_windows
 from mgptq_export.layouts import COLUMNS, Calibration
 from mgptq_export.models import SourceModel, load_source
-from mgptq_export.quantize import calibrate, round_to_nearest, solve
+from mgptq_export.quantize import calibrate, quantize, round_to_nearest
 from mgptq_export.recipe import Recipe
+from mgptq_export.recovery import recover
 from mgptq_runtime.progress import track
+from mgptq_runtime.quantized_model import QuantizedModel
 
 CODE_BITS = {2: "b2", 3: "b3", 4: "b4"}
-STORED_BITS = (2.25, 2.5, 3.0, 3.25)
-SEEDED_BITS = (2.25, 3.25)
+STORED_BITS = (2.25, 2.5, 3.0)
+LITTLE_TEXT = 16
+ALLOCATORS = ("uniform", "hessian", "gnn")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row to measure: a method, what it is asked for, and a seed."""
+    """A row to measure.
 
-    method: str
+    Attributes:
+        allocator: or ``fp32`` and ``rounding`` for the yardsticks.
+        bits: stored, per linear weight.
+        seed: of everything random.
+        samples: calibration sequences, where not the default.
+        recovered: whether scales and norms are trained afterwards.
+    """
+
+    allocator: str
     bits: float | None
-    seed: int
+    seed: int = 0
+    samples: int = Recipe.samples
+    recovered: bool = False
+
+    @property
+    def method(self) -> str:
+        """What the table calls it."""
+        little = "" if self.samples == Recipe.samples else f", {self.samples} samples"
+        return self.allocator + little + (" + recovery" if self.recovered else "")
 
     @property
     def key(self) -> str:
@@ -47,19 +66,16 @@ class Row:
 
 
 def rows(seeds: int) -> Iterator[Row]:
-    """All rows of the first seed; for the other seeds those whose spread is asked for."""
-    yield Row("fp32", None, 0)
-    for bits, fmt in CODE_BITS.items():
-        yield Row(f"rounding {fmt}", bits + 0.25, 0)
-    for bits, fmt in CODE_BITS.items():
-        yield Row(f"uniform GPTQ {fmt}", bits + 0.25, 0)
+    """The yardsticks, then every stage alone and all together, all seeds."""
+    yield Row("fp32", None)
+    yield from (Row("rounding", bits + 0.25) for bits in CODE_BITS)
+    for seed in range(seeds):
+        for recovered in (True, False):
+            for bits in STORED_BITS:
+                yield from (Row(one, bits, seed, recovered=recovered) for one in ("gnn", "hessian"))
     for bits in STORED_BITS:
-        yield from (Row(method, bits, 0) for method in ("gnn", "hessian"))
-    for seed in range(1, seeds):
-        for bits in SEEDED_BITS:
-            yield from (Row(method, bits, seed) for method in (f"uniform GPTQ b{bits:.0f}", "gnn"))
-    for seed in range(1, seeds):
-        yield from (Row("hessian", bits, seed) for bits in SEEDED_BITS)
+        yield from (Row("uniform", bits, recovered=recovered) for recovered in (False, True))
+        yield from (Row(one, bits, samples=LITTLE_TEXT) for one in ALLOCATORS)
 
 
 class Bench:
@@ -72,52 +88,56 @@ class Bench:
         self.windows = {}
         for name, path in texts.items():
             self.windows[name] = evaluation_windows(file_tokens(path, self.source), 512, windows)
-        self._seed: int | None = None
+        self._calibrated: tuple[int, int] | None = None
         self._calibration: Calibration | None = None
         self._ordered = self.original
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.source.model.state_dict().items()}
 
-    def calibration(self, seed: int) -> Calibration:
-        """The calibration of a seed; the model's weights are put back to the original, in calibrated order."""
-        if self._seed != seed or self._calibration is None:
+    def calibration(self, recipe: Recipe) -> Calibration:
+        """A calibration, made once; the model's weights are put back to the original, in calibrated order."""
+        if self._calibrated != (recipe.seed, recipe.samples) or self._calibration is None:
             self.source.model.load_state_dict(self.original)
-            self._calibration = calibrate(self.source, self._recipe(seed=seed))
-            self._ordered, self._seed = self._weights(), seed
+            self._calibration = calibrate(self.source, recipe)
+            self._ordered, self._calibrated = self._weights(), (recipe.seed, recipe.samples)
         self.source.model.load_state_dict(self._ordered)
         return self._calibration
 
-    def _recipe(self, **fields: Any) -> Recipe:
-        return replace(self.recipe, **fields)
-
     def measure(self, row: Row) -> dict[str, Any]:
         """Quantize as the row says, and score all texts."""
-        calibration = self.calibration(row.seed)
         start = time.monotonic()
-        stored = self._quantize(row, calibration)
+        model = self.quantize(row)
         minutes = (time.monotonic() - start) / 60
         return {
+            **asdict(row),
             "method": row.method,
-            "seed": row.seed,
-            "asked_bits": row.bits,
-            "stored_bits": stored,
+            "stored_bits": None if model is None else model.bits_stored,
             "minutes": minutes,
             "perplexity": {name: self.perplexity(windows, name) for name, windows in self.windows.items()},
         }
 
-    def _quantize(self, row: Row, calibration: Calibration) -> float | None:
+    def quantize(self, row: Row) -> QuantizedModel | None:
+        """The row's model; its weights are the bench's afterwards."""
         if row.bits is None:
+            self.source.model.load_state_dict(self.original)
             return None
-        method, _, fmt = row.method.rpartition(" ")
-        if method == "rounding":
-            return round_to_nearest(self.source, fmt, self._recipe(bits=row.bits, seed=row.seed)).bits_stored
-        if method == "uniform GPTQ":
-            recipe = self._recipe(bits=row.bits, seed=row.seed, allocator="uniform", formats=(fmt,))
-        else:
-            recipe = self._recipe(bits=row.bits, seed=row.seed, allocator=row.method)
-        allocated = COLUMNS.allocate(self.source, calibration, recipe)
-        return solve(self.source, calibration, allocated, recipe).bits_stored
+        recipe = replace(
+            self.recipe,
+            bits=row.bits,
+            seed=row.seed,
+            samples=min(row.samples, self.recipe.samples),
+            allocator="uniform" if row.allocator == "rounding" else row.allocator,
+        )
+        calibration = self.calibration(recipe)
+        if row.allocator == "rounding":
+            return round_to_nearest(self.source, CODE_BITS[int(row.bits)], recipe)
+        original = self.source.copy()
+        model = quantize(self.source, recipe, COLUMNS, calibration).model
+        if not row.recovered:
+            return model
+        text = recovery_tokens(original, recipe, calibration.tokens)
+        return recover(self.source, original, model, text, steps=recipe.recovery_steps, seed=recipe.seed).model
 
     def perplexity(self, windows: torch.Tensor, name: str) -> float:
         """Over the second half of every window, given the first."""
@@ -136,7 +156,7 @@ def table(results: list[dict[str, Any]], texts: list[str]) -> str:
     """Markdown: one line per method and bits, means over seeds with their spread."""
     groups: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault((result["method"], result["asked_bits"]), []).append(result)
+        groups.setdefault((result["method"], result["bits"]), []).append(result)
     lines = [
         "| method | stored bits | " + " | ".join(texts) + " | seeds | minutes |",
         "|---|---|" + "---|" * len(texts) + "---|---|",

@@ -4,7 +4,7 @@ from mgptq_export.allocation.baselines import allocate_by_hessian, allocate_unif
 from mgptq_export.allocation.linear import LinearProblem
 from mgptq_export.allocation.problem import Allocation, AllocationProblem, BlockProblem
 from mgptq_export.allocation.tensors import FileTensor, TensorProblem
-from mgptq_export.allocation.training import allocate_by_gnn
+from mgptq_export.allocation.training import Trial, allocate_by_gnn
 
 __all__ = [
     "Allocation",
@@ -13,6 +13,7 @@ __all__ = [
     "FileTensor",
     "LinearProblem",
     "TensorProblem",
+    "Trial",
     "allocate_by_gnn",
     "allocate_by_hessian",
     "allocate_uniformly",

@@ -1,4 +1,7 @@
-"""The graph perceptual module's input: columns as nodes, the Cholesky factor as edges (MG-PTQ, arXiv 2501.18154)."""
+"""The graph perceptual module's input: columns as nodes, the Cholesky factor as edges (MG-PTQ, arXiv 2501.18154).
+
+A second, small graph joins the tensors that columns belong to.
+"""
 
 from dataclasses import dataclass
 
@@ -6,54 +9,79 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from mgptq_export.allocation.linear import LinearProblem
-from mgptq_export.allocation.problem import BlockProblem
+from mgptq_export.allocation.problem import AllocationProblem
 
-__all__ = ["FEATURES", "ColumnGraph", "build_graphs"]
+__all__ = ["FEATURES", "ModelGraph", "build_graphs"]
 
 NEIGHBOURS = 8
 FEATURES = 10
 
 
 @dataclass(frozen=True)
-class ColumnGraph:
-    """All linears' graphs as one, ready for the network.
+class ModelGraph:
+    """All linears' column graphs as one, and the graph of tensors, ready for the network.
 
     Attributes:
-        features: float32 [nodes, FEATURES], independent of the model's size.
+        features: float32 [nodes, FEATURES + kinds of linears], independent of the model's size.
         edge_index: int64 [2, edges], from neighbour to column.
         edge_weight: float32 [edges], 0 to 1.
         unit_of_node: int64 [nodes], the allocation unit that a column belongs to.
-        units: number of allocation units.
+        tensor_of_unit: int64 [units].
+        tensor_edges: int64 [2, edges], between tensors.
     """
 
     features: torch.Tensor
     edge_index: torch.Tensor
     edge_weight: torch.Tensor
     unit_of_node: torch.Tensor
-    units: int
+    tensor_of_unit: torch.Tensor
+    tensor_edges: torch.Tensor
+
+    @property
+    def tensors(self) -> int:
+        """How many there are."""
+        return int(self.tensor_of_unit.max()) + 1
 
 
-def build_graphs(problem: BlockProblem) -> ColumnGraph:
+def build_graphs(problem: AllocationProblem) -> ModelGraph:
     """Build every linear's column graph; linears of one input group share edges, and differ in their features."""
     graphs, edges_of_factor = [], {}
     linears = problem.linears
     sensitivities = torch.stack([linear.sensitivity.mean().clamp_min(1e-30).log() for linear in linears])
     centre, spread = sensitivities.mean(), sensitivities.std().clamp_min(1e-3) if len(linears) > 1 else 1.0
+    kinds = list(dict.fromkeys(linear.kind for linear in linears))
     for i, (linear, sensitivity) in enumerate(zip(linears, sensitivities, strict=True)):
         key = id(linear.factor)
         if key not in edges_of_factor:
             edges_of_factor[key] = strongest_edges(linear.factor.upper, NEIGHBOURS)
         edge_index, edge_weight = edges_of_factor[key]
+        features = node_features(linear, (sensitivity - centre) / spread).cpu()
+        kind = torch.zeros(len(features), len(kinds))
+        kind[:, kinds.index(linear.kind)] = 1.0
         graphs.append(
             Data(
-                x=node_features(linear, (sensitivity - centre) / spread).cpu(),
+                x=torch.cat([features, kind], dim=1),
                 edge_index=edge_index.cpu(),
                 edge_weight=edge_weight.cpu(),
                 unit=problem.unit_of_columns(i),
             )
         )
     batch = Batch.from_data_list(graphs)
-    return ColumnGraph(batch.x, batch.edge_index, batch.edge_weight, batch.unit, len(problem.weights()))
+    return ModelGraph(
+        batch.x, batch.edge_index, batch.edge_weight, batch.unit, problem.tensor_of_unit(), _tensor_edges(problem)
+    )
+
+
+def _tensor_edges(problem: AllocationProblem) -> torch.Tensor:
+    """Tensors of one layer feed one another; those of one kind in layers next to each other do alike."""
+    tensor_of_linear = problem.tensor_of_linear().tolist()
+    edges = set()
+    for i, one in enumerate(problem.linears):
+        for j, other in enumerate(problem.linears):
+            alike = one.kind == other.kind and abs(one.layer - other.layer) == 1
+            if one.layer == other.layer or alike:
+                edges.add((tensor_of_linear[i], tensor_of_linear[j]))
+    return torch.tensor(sorted(edge for edge in edges if edge[0] != edge[1]), dtype=torch.int64).view(-1, 2).t()
 
 
 def strongest_edges(upper: torch.Tensor, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,6 +32,11 @@ class LinearProblem:
     sensitivity: torch.Tensor
 
     @property
+    def kind(self) -> str:
+        """What it is in every layer, such as ``attn_q``."""
+        return self.name.split(".")[-1]
+
+    @property
     def rows(self) -> int:
         return self.weight.shape[0]
 

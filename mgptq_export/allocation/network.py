@@ -1,46 +1,67 @@
-"""The graph network: column graphs in, a correction of every block's cost in every format out."""
+"""The graph network: column graphs in, a correction of every unit's cost in every format out."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch_geometric.nn import GraphConv
 from torch_geometric.utils import scatter
 
-from mgptq_export.allocation.column_graph import FEATURES, ColumnGraph
+from mgptq_export.allocation.column_graph import ModelGraph
 
-__all__ = ["AllocatorNetwork"]
+__all__ = ["AllocatorNetwork", "Correction"]
 
 LARGEST_CORRECTION = 2.0
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What to add to the logarithms of costs.
+
+    Attributes:
+        common: float32 [units, 1], for all formats of a unit.
+        specific: float32 [units, formats], on top of it.
+    """
+
+    common: torch.Tensor
+    specific: torch.Tensor
+
+    def applied(self, costs: torch.Tensor) -> torch.Tensor:
+        """Corrected costs, as ``costs``: float64 [units, formats]."""
+        return costs * (self.common + self.specific).double().exp()
 
 
 class AllocatorNetwork(nn.Module):
     """Graph perceptual module and bit-width allocator.
 
-    Two graph convolutions over the weighted column graph embed every column. The allocator reads each column's
-    embedding together with what its unit is estimated to lose in each format, and answers with a logit per
-    format; a unit's logits are the mean of its columns'. They correct the logarithm of the estimate, so an
-    untrained network allocates as the estimate says.
+    Two graph convolutions over the weighted column graph embed every column; a third, over the graph of tensors, lets
+    those that feed one another and their likes in the layers next to them share what is known of them. The allocator
+    reads a unit's columns, its tensor, and what the unit is estimated to lose in each format. Its answer corrects the
+    logarithms of these estimates, so an untrained network allocates as they say.
+
+    Args:
+        features: of a column.
+        formats: that a unit may have.
     """
 
-    def __init__(self, formats: int, hidden: int = 32) -> None:
+    def __init__(self, features: int, formats: int, hidden: int = 32) -> None:
         super().__init__()
-        self.first = GraphConv(FEATURES, hidden, aggr="mean")
+        self.first = GraphConv(features, hidden, aggr="mean")
         self.second = GraphConv(hidden, hidden, aggr="mean")
-        inner, last = nn.Linear(hidden + formats, hidden), nn.Linear(hidden, formats)
+        self.between_tensors = GraphConv(hidden, hidden, aggr="mean")
+        inner, last = nn.Linear(2 * hidden + formats, hidden), nn.Linear(hidden, 1 + formats)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.allocator = nn.Sequential(inner, nn.SiLU(), last)
 
-    def forward(self, graph: ColumnGraph, log_costs: torch.Tensor) -> torch.Tensor:
-        """Corrections to add to ``log_costs``.
-
-        Args:
-            log_costs: float32 [units, formats], normalized estimates.
-
-        Returns:
-            float32 [units, formats], within +-LARGEST_CORRECTION.
-        """
-        columns = torch.nn.functional.silu(self.first(graph.features, graph.edge_index, graph.edge_weight))
-        columns = torch.nn.functional.silu(self.second(columns, graph.edge_index, graph.edge_weight))
-        columns = torch.cat([columns, log_costs[graph.unit_of_node]], dim=1)
-        logits = scatter(self.allocator(columns), graph.unit_of_node, dim=0, dim_size=graph.units, reduce="mean")
-        return LARGEST_CORRECTION * torch.tanh(logits / LARGEST_CORRECTION)
+    def forward(self, graph: ModelGraph, log_costs: torch.Tensor) -> Correction:
+        """Corrections of ``log_costs``, normalized estimates: float32 [units, formats]."""
+        columns = functional.silu(self.first(graph.features, graph.edge_index, graph.edge_weight))
+        columns = functional.silu(self.second(columns, graph.edge_index, graph.edge_weight))
+        units = scatter(columns, graph.unit_of_node, dim=0, dim_size=len(graph.tensor_of_unit), reduce="mean")
+        tensors = scatter(units, graph.tensor_of_unit, dim=0, dim_size=graph.tensors, reduce="mean")
+        tensors = functional.silu(self.between_tensors(tensors, graph.tensor_edges))
+        known = torch.cat([units, tensors[graph.tensor_of_unit], log_costs], dim=1)
+        answer = LARGEST_CORRECTION * torch.tanh(self.allocator(known) / LARGEST_CORRECTION)
+        return Correction(answer[:, :1], answer[:, 1:])

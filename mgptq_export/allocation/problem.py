@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 
 from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
-from mgptq_export.allocation.rollout import Rollout
 from mgptq_export.solver import grid_of, search_scales
 from mgptq_runtime.formats import BLOCK_COLUMNS
 from mgptq_runtime.progress import track
@@ -51,6 +50,18 @@ class AllocationProblem(Protocol):
 
     def positions(self) -> torch.Tensor:
         """Where a unit lies, 0 to 1, for upgrades that nothing else puts in order: float32 [units]."""
+        ...
+
+    def unit_of_columns(self, linear: int) -> torch.Tensor:
+        """The unit that each column of a linear belongs to: int64 [columns]."""
+        ...
+
+    def tensor_of_unit(self) -> torch.Tensor:
+        """The tensor that each unit is a part of, or is: int64 [units]."""
+        ...
+
+    def tensor_of_linear(self) -> torch.Tensor:
+        """The tensor that holds each linear: int64 [linears]."""
         ...
 
     def allocation(self, choice: torch.Tensor) -> Allocation:
@@ -95,9 +106,13 @@ class BlockProblem:
         first = sum(before.blocks for before in self.linears[:linear])
         return torch.arange(self.linears[linear].weight.shape[1]) // BLOCK_COLUMNS + first
 
-    def rollout(self, rows: int, generator: torch.Generator) -> Rollout:
-        """The solver on so many rows of every linear, drawn by ``generator``."""
-        return Rollout(self.linears, self.formats, self.energies(), rows, generator)
+    def tensor_of_unit(self) -> torch.Tensor:
+        """The linear that each block is a part of: int64 [units]."""
+        return torch.repeat_interleave(torch.tensor([linear.blocks for linear in self.linears]))
+
+    def tensor_of_linear(self) -> torch.Tensor:
+        """Every linear is a tensor of its own: int64 [linears]."""
+        return torch.arange(len(self.linears))
 
     def split(self, units: torch.Tensor) -> Iterator[tuple[LinearProblem, torch.Tensor]]:
         """Cut a tensor [units, ...] into one [blocks, ...] per linear."""

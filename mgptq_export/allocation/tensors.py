@@ -72,6 +72,18 @@ class TensorProblem:
         """Where in the model a tensor lies, 0 to 1: float32 [units]."""
         return (torch.arange(len(self.tensors)) + 0.5) / len(self.tensors)
 
+    def unit_of_columns(self, linear: int) -> torch.Tensor:
+        """All columns of a linear belong to its tensor: int64 [columns]."""
+        return self.tensor_of_linear()[linear].expand(self.linears[linear].weight.shape[1])
+
+    def tensor_of_unit(self) -> torch.Tensor:
+        """Units are tensors: int64 [units]."""
+        return torch.arange(len(self.tensors))
+
+    def tensor_of_linear(self) -> torch.Tensor:
+        """The tensor that holds each linear: int64 [linears]."""
+        return torch.repeat_interleave(torch.tensor([len(tensor.linears) for tensor in self.tensors]))
+
     def allocation(self, choice: torch.Tensor) -> Allocation:
         """Name the chosen types, int64 [units]."""
         chosen = [options[i] for options, i in zip(self.options, choice.tolist(), strict=True)]

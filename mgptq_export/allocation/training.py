@@ -1,105 +1,166 @@
-"""Training the allocator network: quantization error under a budget, through an approximate gradient."""
+"""Training the allocator network: on what the whole model lost in trials, every format assigned hard."""
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
+from torch_geometric.utils import scatter
 
 from mgptq_export.allocation.budget import cheapest_within, price_for
-from mgptq_export.allocation.column_graph import build_graphs
-from mgptq_export.allocation.network import AllocatorNetwork
-from mgptq_export.allocation.problem import Allocation, BlockProblem
+from mgptq_export.allocation.column_graph import ModelGraph, build_graphs
+from mgptq_export.allocation.network import AllocatorNetwork, Correction
+from mgptq_export.allocation.problem import Allocation, AllocationProblem
 from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
 
-__all__ = ["allocate_by_gnn"]
+__all__ = ["Trial", "allocate_by_gnn"]
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_LINEAR = 16
-LEARNING_RATE = 3e-3
-TEMPERATURE_BITS = 0.3
+LEARNING_RATE = 3e-2
+# Part of a tensor's estimate that a measurement is doubted by, beside its own standard error.
+DOUBT = 0.25
+# What a correction costs: little where all formats of a unit share it, as trials tell it; more where they do not.
+COMMON_RIDGE, SPECIFIC_RIDGE = 0.0003, 0.01
 
 
 @dataclass(frozen=True)
-class _Assignment:
-    hard: torch.Tensor  # int64 [units]
-    soft: torch.Tensor  # float64 [units, formats], one-hot forward, probabilities backward
+class Trial:
+    """What the model lost under an allocation.
+
+    Attributes:
+        divergence: KL(original || quantized) in nats per token.
+        losses: by linear, what its own error costs of that, float64 [batches] of text.
+    """
+
+    divergence: float
+    losses: Mapping[str, torch.Tensor]
 
 
-def allocate_by_gnn(problem: BlockProblem, steps: int, seed: int) -> Allocation:
-    """Train the network on this model, and allocate as it says.
+@dataclass(frozen=True)
+class _Lesson:
+    """A trial as the network learns it.
 
-    At every step the network's costs are priced so that the cheapest assignment meets the budget; an assignment is
-    drawn (Gumbel noise), the solver runs with it on sampled rows, and reports what each block loses in each format
-    in that context. The assignment has no gradient; the probabilities that it was drawn from stand in for it
-    (straight-through).
+    Attributes:
+        choice: int64 [units].
+        loss, doubt: measured, and how far to trust it: float64 [tensors].
+    """
+
+    choice: torch.Tensor
+    loss: torch.Tensor
+    doubt: torch.Tensor
+
+
+def allocate_by_gnn(
+    problem: AllocationProblem, attempt: Callable[[Allocation], Trial], trials: int, steps: int, seed: int
+) -> Allocation:
+    """Train the network on trials of its own proposals, and take the one that lost least.
+
+    The first trial is the untrained network's, that of the estimated costs. After every trial the network learns to
+    predict what each tensor lost, and proposes the cheapest assignment by its corrected costs.
 
     Args:
-        steps: of Adam.
-        seed: of the network, the rows and the noise.
+        attempt: quantizes the model as told, and measures it.
+        trials: how many.
+        steps: of Adam, before every trial but the first.
+        seed: of the network.
 
     Raises:
         NumericalError: a score became NaN or infinite.
     """
-    generator = torch.Generator().manual_seed(seed)
     costs, sizes = problem.costs(), problem.sizes()
-    if int(sizes.max(1).values.sum()) <= problem.budget:  # enough for all: nothing competes, and bits have no price
-        return problem.allocation(cheapest_within(costs, sizes, problem.budget))
-    reference = price_for(costs, sizes, problem.budget)
-    weights = problem.weights()[:, None].double()
-    log_costs = _normalized(costs, sizes, reference)
-    graph = build_graphs(problem)
-    rollout = problem.rollout(ROWS_PER_LINEAR, generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = AllocatorNetwork(sizes.shape[1])
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    with track("Training the allocator", steps) as advance:
-        for _ in range(steps):
-            corrected = costs * network(graph, log_costs).double().exp()
-            assignment = _draw(corrected, sizes, weights, problem.budget, generator)
-            errors = rollout.errors(assignment.hard)
-            loss = _lagrangian(assignment.soft, errors, sizes, reference, problem.budget)
-            if not torch.isfinite(loss):
-                raise NumericalError(
-                    "the allocator's loss is NaN or infinite; are weights huge or all zero? try another --allocator"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            logger.debug("allocator loss %.6g", loss.item())
-            advance()
-    with torch.no_grad():
-        corrected = costs * network(graph, log_costs).double().exp()
-    return problem.allocation(cheapest_within(corrected, sizes, problem.budget))
+    choice = cheapest_within(costs, sizes, problem.budget)
+    if trials < 2 or int(sizes.max(1).values.sum()) <= problem.budget:  # nothing competes, or nothing is to be learnt
+        return problem.allocation(choice)
+    trial = attempt(problem.allocation(choice))
+    predictor = _Predictor(problem, costs, sizes, choice, trial, seed)
+    tried = [(choice, trial)]
+    while len(tried) < trials:
+        logger.debug("trial %d: KL divergence %.4f", len(tried), tried[-1][1].divergence)
+        choice = cheapest_within(predictor.learn(tried, steps), sizes, problem.budget)
+        if any(torch.equal(choice, known) for known, _ in tried):
+            break
+        tried.append((choice, attempt(problem.allocation(choice))))
+    best, trial = min(tried, key=lambda one: one[1].divergence)
+    logger.debug("the best trial's KL divergence: %.4f", trial.divergence)
+    return problem.allocation(best)
+
+
+class _Predictor:
+    """The network, and what it starts from: the estimated costs, in nats as the first trial measured them."""
+
+    def __init__(
+        self,
+        problem: AllocationProblem,
+        costs: torch.Tensor,
+        sizes: torch.Tensor,
+        choice: torch.Tensor,
+        trial: Trial,
+        seed: int,
+    ) -> None:
+        estimated = float(costs.gather(1, choice[:, None]).sum())
+        measured = float(sum(losses.mean() for losses in trial.losses.values()))
+        self._costs = costs * (max(measured, 1e-9) / max(estimated, 1e-300))
+        self._log_costs = _normalized(self._costs, sizes, price_for(self._costs, sizes, problem.budget))
+        self._problem, self._graph = problem, build_graphs(problem)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._network = AllocatorNetwork(self._graph.features.shape[1], sizes.shape[1])
+
+    def learn(self, tried: list[tuple[torch.Tensor, Trial]], steps: int) -> torch.Tensor:
+        """Train on all trials so far: costs as the network corrects them now, float64 [units, formats]."""
+        lessons = [_lesson(self._problem, self._graph, self._costs, choice, trial) for choice, trial in tried]
+        optimizer = torch.optim.Adam(self._network.parameters(), lr=LEARNING_RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+        with track("Training the allocator", steps) as advance:
+            for _ in range(steps):
+                correction = self._network(self._graph, self._log_costs)
+                loss = _error(correction.applied(self._costs), self._graph, lessons) + _ridge(correction)
+                if not torch.isfinite(loss):
+                    raise NumericalError(
+                        "the allocator's loss is NaN or infinite; are weights huge or all zero? try another --allocator"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                advance()
+        with torch.no_grad():
+            corrected = self._network(self._graph, self._log_costs).applied(self._costs)
+        errors = [_error(table, self._graph, lessons).item() for table in (self._costs, corrected)]
+        logger.debug("error of the estimates %.4f, of the network %.4f", *errors)
+        return corrected
+
+
+def _lesson(
+    problem: AllocationProblem, graph: ModelGraph, costs: torch.Tensor, choice: torch.Tensor, trial: Trial
+) -> _Lesson:
+    by_linear = torch.stack([trial.losses[linear.name] for linear in problem.linears])
+    by_tensor = scatter(by_linear, problem.tensor_of_linear(), dim=0, dim_size=graph.tensors)
+    error = by_tensor.std(1, unbiased=False) / by_tensor.shape[1] ** 0.5
+    expected = _tensor_costs(costs, graph, choice)
+    return _Lesson(choice, by_tensor.mean(1), error + DOUBT * expected.clamp_min(1e-300))
+
+
+def _tensor_costs(costs: torch.Tensor, graph: ModelGraph, choice: torch.Tensor) -> torch.Tensor:
+    """What every tensor loses under an assignment: float64 [tensors]."""
+    chosen = costs.gather(1, choice[:, None]).squeeze(1)
+    return scatter(chosen, graph.tensor_of_unit, dim=0, dim_size=graph.tensors)
+
+
+def _error(costs: torch.Tensor, graph: ModelGraph, lessons: list[_Lesson]) -> torch.Tensor:
+    """How far costs are from what trials measured, in units of the doubt."""
+    errors = [(_tensor_costs(costs, graph, one.choice) - one.loss) / one.doubt for one in lessons]
+    together = torch.stack(errors)
+    return functional.huber_loss(together, torch.zeros_like(together))
+
+
+def _ridge(correction: Correction) -> torch.Tensor:
+    return COMMON_RIDGE * correction.common.square().mean() + SPECIFIC_RIDGE * correction.specific.square().mean()
 
 
 def _normalized(costs: torch.Tensor, sizes: torch.Tensor, price: float) -> torch.Tensor:
-    """Logarithms of costs in units of what a block's bits are worth: float32 [units, formats]."""
+    """Logarithms of costs in units of what a unit's bits are worth: float32 [units, formats]."""
     return (costs / (price * sizes)).clamp_min(1e-8).log().float() / 4.0
-
-
-def _draw(
-    costs: torch.Tensor, sizes: torch.Tensor, weights: torch.Tensor, budget: int, generator: torch.Generator
-) -> _Assignment:
-    """Draw an assignment from the network's costs, priced to meet the budget."""
-    detached = costs.detach()
-    price = price_for(detached, sizes, budget)
-    # In bits per weight: what a format's loss is worth, and what the format takes of the budget.
-    logits = -(costs / (price * weights) + sizes / weights) / TEMPERATURE_BITS
-    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-    probabilities = torch.softmax(logits, -1)
-    hard = (logits.detach() + noise).argmax(-1)
-    one_hot = torch.nn.functional.one_hot(hard, costs.shape[1]).double()
-    return _Assignment(hard, one_hot + probabilities - probabilities.detach())
-
-
-def _lagrangian(
-    soft: torch.Tensor, errors: torch.Tensor, sizes: torch.Tensor, price: float, budget: int
-) -> torch.Tensor:
-    """Quantization error plus priced bits beyond the budget, relative to what the budget is worth."""
-    bits = (soft * sizes).sum()
-    return ((soft * errors).sum() + price * (bits - budget)) / (price * budget)

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.models import SourceModel
 from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
 
 __all__ = ["GroupStatistics", "HessianAccumulator", "ModelStatistics", "collect_statistics"]
+
+SEQUENCES_AT_ONCE = 4
 
 
 class HessianAccumulator:
@@ -78,16 +81,21 @@ def collect_statistics(
     gradients = {
         name: torch.zeros(module.out_features, device=device) for g in groups for name, module in g.modules.items()
     }
-    handles = [source.model.lm_head.register_forward_pre_hook(_feed(head))]
+    handles = []
     for group in groups:
         first = next(iter(group.modules.values()))
         handles.append(first.register_forward_pre_hook(_feed(hessians[group.name])))
         for name, module in group.modules.items():
             handles.append(module.register_forward_hook(_watch_gradient(gradients[name])))
+    backward, rest = list(tokens[:sensitivity_samples].split(1)), tokens[sensitivity_samples:]
+    forward = list(rest.split(SEQUENCES_AT_ONCE)) if len(rest) else []
     try:
-        with track("Measuring activations and sensitivity", tokens.shape[0]) as advance:
-            for i, sequence in enumerate(tokens):
-                _run(source.model, sequence[None].to(device), i < sensitivity_samples, generator)
+        with track("Measuring activations and sensitivity", len(backward) + len(forward)) as advance:
+            for batch in backward:
+                head.add(_run_backward(source.model, batch.to(device), generator))
+                advance()
+            for batch in forward:
+                head.add(_run_forward(source.model, batch.to(device)))
                 advance()
     finally:
         for handle in handles:
@@ -118,16 +126,23 @@ def _watch_gradient(total: torch.Tensor) -> Callable[[nn.Module, object, torch.T
     return watch
 
 
-def _run(model: Any, batch: torch.Tensor, backward: bool, generator: torch.Generator) -> None:
-    if not backward:
-        with torch.no_grad():
-            model(batch, use_cache=False)
-        return
+def _run_forward(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    """What the head reads, [sequences, length, hidden]."""
+    with torch.no_grad(), computing_in(compute_dtype(model.device), model.device):
+        hidden: torch.Tensor = model.model(batch, use_cache=False).last_hidden_state
+    return hidden
+
+
+def _run_backward(model: Any, batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The same, after a way back from labels that the model's own predictions draw."""
     # Gradients flow through activations only: weights are frozen, so their gradients are never formed.
     embedded = model.get_input_embeddings()(batch).requires_grad_(True)
-    logits = model(inputs_embeds=embedded, use_cache=False).logits.float().flatten(0, 1)
+    with computing_in(compute_dtype(model.device), model.device):
+        hidden: torch.Tensor = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden).float().flatten(0, 1)
     if not torch.isfinite(logits).all():
         raise NumericalError("the model's logits are NaN or infinite on the calibration text; check the model")
     probabilities = torch.softmax(logits.detach(), -1).cpu()
     labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    return hidden

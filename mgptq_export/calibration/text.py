@@ -1,5 +1,6 @@
 """Calibration sequences: sampled from the model itself, or cut from text."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,7 +13,10 @@ from mgptq_runtime.progress import track
 
 __all__ = ["calibration_tokens", "file_tokens", "recovery_tokens"]
 
+logger = logging.getLogger(__name__)
+
 TEXT_SUFFIXES = (".txt", ".jsonl")
+FEW_SEQUENCES = 16
 
 
 def file_tokens(path: Path, source: SourceModel) -> list[int]:
@@ -41,10 +45,10 @@ def _tokens(text: str, source: SourceModel) -> list[int]:
 
 
 def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
-    """The calibration set that the recipe asks for: int64 [samples, sequence_length].
+    """The calibration set that the recipe asks for: int64 [samples, sequence_length], fewer where the text is shorter.
 
     Raises:
-        CalibrationError: the text is too short.
+        CalibrationError: the text is shorter than a sequence.
         BadInputError: it cannot be read, or the model has no tokenizer.
     """
     limit = source.model.config.max_position_embeddings
@@ -57,12 +61,13 @@ def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
         raise BadInputError(f"{source.source} has no tokenizer to calibrate with text; use --calibration self")
     tokens = _text_tokens(source, recipe)
     sequences = _whole_sequences(tokens, recipe.sequence_length)
-    if len(sequences) < recipe.samples:
+    if not len(sequences):
         raise CalibrationError(
-            f"{recipe.calibration} gives {tokens.numel()} tokens; {recipe.samples} samples of "
-            f"{recipe.sequence_length} need {recipe.samples * recipe.sequence_length}. "
-            "Give more text, fewer --samples, or --calibration self"
+            f"{recipe.calibration} gives {tokens.numel()} tokens, one sequence needs {recipe.sequence_length}. "
+            "Give more text, a lower --sequence-length, or --calibration self"
         )
+    if len(sequences) < min(recipe.samples, FEW_SEQUENCES):
+        logger.warning("%s gives only %d sequences; more text would help", recipe.calibration, len(sequences))
     return sequences[torch.randperm(len(sequences), generator=generator)[: recipe.samples]]
 
 

@@ -1,12 +1,19 @@
 """A layout: how quantized weights may lie in files, which decides what competes for bits and how it is solved."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from mgptq_export.allocation import Allocation
+from mgptq_export.allocation import (
+    Allocation,
+    AllocationProblem,
+    Trial,
+    allocate_by_gnn,
+    allocate_by_hessian,
+    allocate_uniformly,
+)
 from mgptq_export.calibration import ModelStatistics
 from mgptq_export.families import GroupModules
 from mgptq_export.models import SourceModel
@@ -14,7 +21,7 @@ from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BudgetError
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear
 
-__all__ = ["BITS_WINDOW", "Allocated", "Calibration", "Layout", "Reach", "check_delivered"]
+__all__ = ["BITS_WINDOW", "Allocated", "Attempt", "Calibration", "Layout", "Reach", "check_delivered", "decide"]
 
 BITS_WINDOW = 0.05
 
@@ -25,11 +32,13 @@ class Calibration:
 
     Attributes:
         tokens: int64 [samples, sequence].
+        held_out: int64 [sequences, sequence], those that ``statistics`` have not seen, where there are enough.
         statistics: Hessians and sensitivities, in the model's (reordered) numbering.
         orders: for every input group the order of its columns, most important first: int64 [columns].
     """
 
     tokens: torch.Tensor
+    held_out: torch.Tensor
     statistics: ModelStatistics
     orders: Mapping[str, torch.Tensor]
 
@@ -43,6 +52,10 @@ class Allocated:
 
     formats: Allocation
     orders: Mapping[str, torch.Tensor]
+
+
+Attempt = Callable[[Allocated], Trial]
+"""Quantizes the model as told, and measures it."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +101,14 @@ class Layout(Protocol):
         """The format of embedding and head."""
         ...
 
-    def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe) -> Allocated:
+    def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe, attempt: Attempt) -> Allocated:
         """Decide who gets how many bits.
 
+        Args:
+            attempt: what the ``gnn`` allocator learns from.
+
         Raises:
-            BudgetError: the bits cannot be delivered in (bits - BITS_WINDOW, bits].
+            BudgetError: the bits cannot be delivered in (bits - BITS_WINDOW, bits], and no size was asked for.
         """
         ...
 
@@ -107,9 +123,32 @@ class Layout(Protocol):
         ...
 
 
+def decide(
+    problem: AllocationProblem, orders: Mapping[str, torch.Tensor], recipe: Recipe, attempt: Attempt
+) -> Allocated:
+    """Solve an allocation problem with the recipe's allocator.
+
+    Args:
+        orders: of the columns, see :class:`Allocated`.
+        attempt: what ``gnn`` learns from.
+    """
+    if recipe.allocator == "gnn":
+
+        def tried(formats: Allocation) -> Trial:
+            return attempt(Allocated(formats, orders))
+
+        formats = allocate_by_gnn(problem, tried, recipe.trials, recipe.training_steps, recipe.seed)
+    else:
+        formats = allocate_by_hessian(problem) if recipe.allocator == "hessian" else allocate_uniformly(problem)
+    return Allocated(formats, orders)
+
+
 def check_delivered(delivered: float, recipe: Recipe, unit: str) -> None:
-    """Raise BudgetError where the stored bits per weight fell short of what was asked for."""
-    if delivered <= recipe.bits - BITS_WINDOW:
+    """Raise BudgetError where the stored bits per weight fell short of what was asked for.
+
+    Bits that stand for a size are a bound, and whatever fits best is what was asked for.
+    """
+    if recipe.size is None and delivered <= recipe.bits - BITS_WINDOW:
         raise BudgetError(
             f"{recipe.bits} stored bits per weight cannot be met closely: {unit} of this model are so coarse that "
             f"{delivered:.4f} is the most that fits; ask for that"

@@ -4,16 +4,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from mgptq_export.allocation import (
-    Allocation,
-    BlockProblem,
-    LinearProblem,
-    allocate_by_gnn,
-    allocate_by_hessian,
-    allocate_uniformly,
-)
+from mgptq_export.allocation import BlockProblem, LinearProblem
 from mgptq_export.families import GroupModules
-from mgptq_export.layouts.base import Allocated, Calibration, Reach, check_delivered
+from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, check_delivered, decide
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_export.solver import factorize, pack_linear, solve_blockwise
@@ -51,7 +44,7 @@ class ColumnLayout:
         """As the recipe says."""
         return recipe.embedding_format
 
-    def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe) -> Allocated:
+    def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe, attempt: Attempt) -> Allocated:
         """Blocks compete; columns keep their order where the budget has no room for permutations."""
         groups = source.groups()
         modules = [module for group in groups for module in group.modules.values()]
@@ -67,10 +60,10 @@ class ColumnLayout:
             formats=tuple(sorted(recipe.formats, key=lambda name: FORMATS[name].bits_per_weight)),
             budget=room - (permutations if permuted else 0),
         )
-        formats = _allocate(problem, recipe)
-        delivered = (problem.stored_bits(formats) + (permutations if permuted else 0)) / weights
+        allocated = decide(problem, orders, recipe, attempt)
+        delivered = (problem.stored_bits(allocated.formats) + (permutations if permuted else 0)) / weights
         check_delivered(delivered, recipe, "blocks")
-        return Allocated(formats, orders)
+        return allocated
 
     def _is_one_format(self, source: SourceModel, recipe: Recipe) -> bool:
         """Whether ``uniform`` comes out even without permutations: the plain method, one format throughout."""
@@ -111,12 +104,6 @@ class ColumnLayout:
         formats = [self.embedding_format(recipe, columns)] * (padded_columns(columns) // BLOCK_COLUMNS)
         solution = solve_blockwise(weight, factor.upper, [(slice(0, rows), formats)])
         return pack_linear(name, solution.values, solution.scales, formats, columns, None)
-
-
-def _allocate(problem: BlockProblem, recipe: Recipe) -> Allocation:
-    if recipe.allocator == "gnn":
-        return allocate_by_gnn(problem, recipe.training_steps, recipe.seed)
-    return allocate_by_hessian(problem) if recipe.allocator == "hessian" else allocate_uniformly(problem)
 
 
 def _permutation_bits(group: GroupModules) -> int:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from mgptq_export.allocation import FileTensor, TensorProblem, allocate_by_hessian, allocate_uniformly
+from mgptq_export.allocation import FileTensor, TensorProblem
 from mgptq_export.families import GroupModules
-from mgptq_export.layouts.base import Allocated, Calibration, Reach, check_delivered
+from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, check_delivered, decide
 from mgptq_export.layouts.columns import linear_problems, natural_orders
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
@@ -53,17 +53,17 @@ class TensorLayout:
         """The type of as many bits as the recipe's format."""
         return types_for(columns, TABLE_TYPES[recipe.embedding_format], "token_embd", sort=False)[0]
 
-    def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe) -> Allocated:
-        """Tensors compete, by the greedy rule: the network decides among column blocks, which tensors do not have."""
+    def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe, attempt: Attempt) -> Allocated:
+        """Tensors compete."""
         orders = natural_orders(calibration)
         linears = list(linear_problems(source, calibration, orders, recipe))
         weights = sum(linear.weight.numel() for linear in linears)
         columns = {linear.name: linear.weight.shape[1] for linear in linears}
         tensors = file_tensors(columns, source.family.gguf_fused, types_of(source, recipe))
         problem = TensorProblem(linears, tensors, int(recipe.bits * weights))
-        formats = allocate_uniformly(problem) if recipe.allocator == "uniform" else allocate_by_hessian(problem)
-        check_delivered(problem.stored_bits(formats) / weights, recipe, "tensors")
-        return Allocated(formats, orders)
+        allocated = decide(problem, orders, recipe, attempt)
+        check_delivered(problem.stored_bits(allocated.formats) / weights, recipe, "tensors")
+        return allocated
 
     def solve_group(
         self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe

@@ -1,5 +1,6 @@
 """Tiny models and packages that the workstation's tests share; each is made once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ from mgptq_export.quantize import quantize
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exact_products() -> Iterator[None]:
+    """What machines with bfloat16 compute differs from others in the third digit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mgptq_export.compute._multiplies_bfloat16", lambda device: False)
+        yield
 
 
 @pytest.fixture(scope="session")

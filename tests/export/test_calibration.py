@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from small_runs import RECIPE
 
-from mgptq_export.calibration import calibration_tokens, collect_statistics, file_tokens
+from mgptq_export.calibration import attribute, calibration_tokens, collect_statistics, file_tokens
 from mgptq_export.calibration.statistics import HessianAccumulator
 from mgptq_export.models import SourceModel, load_source
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
@@ -136,12 +136,21 @@ def test_text_calibration_is_cut_from_the_text(source, text_file):
     assert not torch.equal(tokens, calibration_tokens(source, replace(recipe, seed=1)))
 
 
+def test_text_that_is_short_is_used_up_with_a_warning(source, tmp_path, caplog):
+    path = tmp_path / "short.txt"
+    path.write_text(tiny_models.text())
+    recipe = replace(RECIPE, calibration=str(path), samples=1000, sequence_length=250)
+    tokens = calibration_tokens(source, recipe)
+    assert len(tokens) == len(file_tokens(path, source)) // 250
+    assert ("more text would help" in caplog.text) == (len(tokens) < 16)
+
+
 def test_text_too_short_says_how_much_there_is_and_how_much_is_needed(source, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("A few words only.")
     available = len(file_tokens(path, source))
     recipe = replace(RECIPE, calibration=str(path), samples=3, sequence_length=50)
-    with pytest.raises(CalibrationError, match=rf"gives {available} tokens; .* need 150\b"):
+    with pytest.raises(CalibrationError, match=rf"gives {available} tokens, one sequence needs 50\b"):
         calibration_tokens(source, recipe)
 
 
@@ -192,3 +201,54 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text(tiny_models.text(20_000))
     with pytest.raises(BadInputError, match="the model's vocabulary is 0 to 330"):
         file_tokens(tmp_path / "text.txt", load_source(str(folder)))
+
+
+# What each linear costs a quantized model
+
+
+def disturbed(source: SourceModel, share: float, only: str = "") -> SourceModel:
+    """A copy whose linears, or the one named, are off by a share of their size."""
+    random, copy = generator(3), source.copy()
+    for group in copy.groups():
+        for name, module in group.modules.items():
+            noise = torch.randn(module.weight.shape, generator=random)
+            if only in ("", name):
+                module.weight.data += share * module.weight.std() * noise
+    return copy
+
+
+def test_the_losses_of_all_linears_come_to_the_divergence_while_errors_are_small(source, tokens):
+    """Trusted: the divergence, computed from the logits of both models."""
+    quantized = disturbed(source, 0.02)
+    found = attribute(source, quantized, tokens)
+    with torch.no_grad():
+        p, q = (torch.log_softmax(one.model(tokens).logits.double(), -1) for one in (source, quantized))
+    assert found.divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert sum(float(losses.mean()) for losses in found.losses.values()) == pytest.approx(found.divergence, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_v", "blk.1.ffn_down"])
+def test_the_loss_is_that_of_the_linear_with_the_error(source, tokens, name):
+    found = attribute(source, disturbed(source, 0.02, only=name), tokens)
+    assert float(found.losses[name].mean()) == pytest.approx(found.divergence, rel=0.1)
+    assert all(not losses.any() for other, losses in found.losses.items() if other != name)
+    assert all(len(losses) == len(tokens) for losses in found.losses.values())
+
+
+def test_a_model_that_was_quantized_to_no_numbers_is_an_error(source, tokens):
+    broken = source.copy()
+    broken.groups()[0].modules["blk.0.attn_v"].weight.data[0] = torch.nan
+    with pytest.raises(NumericalError, match="quantized model's logits are NaN"):
+        attribute(source, broken, tokens)
+
+
+def test_bfloat16_measures_nearly_the_same(source, tokens, monkeypatch):
+    quantized = disturbed(source, 0.3)
+    exact, hessian = attribute(source, quantized, tokens), collect_statistics(source, tokens, 1, generator())
+    monkeypatch.setattr("mgptq_export.compute._multiplies_bfloat16", lambda device: True)
+    rounded, other = attribute(source, quantized, tokens), collect_statistics(source, tokens, 1, generator())
+    assert rounded.divergence == pytest.approx(exact.divergence, rel=0.05)
+    assert rounded.divergence != exact.divergence
+    for name, group in hessian.groups.items():
+        scale = float(group.hessian.abs().max())
+        assert torch.allclose(other.groups[name].hessian, group.hessian, atol=0.03 * scale)

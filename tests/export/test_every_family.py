@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 TARGETS = ["container", "onnx", "llama.cpp"]
 # Rows of 96 and 160 are no whole blocks of 64, so llama.cpp holds them in types of 4.5 bits and more.
-RECIPE = Recipe(bits=4.5, allocator="hessian", samples=4, sequence_length=48, sensitivity_samples=2)
+RECIPE = Recipe(bits=4.5, allocator="hessian", samples=4, sequence_length=48, sensitivity_samples=2, recovery_steps=0)
 SIZES = {"intermediate_size": 160}
 TOKENS = torch.randint(3, 331, (1, 60), generator=torch.Generator().manual_seed(5))
 

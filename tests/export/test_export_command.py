@@ -12,11 +12,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mgptq_export import cli as command
+from mgptq_export.recipe import FAST, Recipe
 from mgptq_runtime.check import check_backend
 from mgptq_runtime.errors import MgptqError
 from mgptq_runtime.package import open_package
 
-QUICK = ("--samples", 2, "--sequence-length", 32, "--allocator", "hessian", "--threads", 1)
+QUICK = ("--samples", 2, "--sequence-length", 32, "--allocator", "hessian", "--recovery-steps", 0, "--threads", 1)
 COMMANDS = ("run", "quantize", "export", "eval", "inspect", "plan")
 
 
@@ -82,11 +83,34 @@ def test_run_prints_files_and_stored_bits(even_model, tmp_path):
 
 def test_options_reach_the_recipe(even_model, tmp_path, text_file):
     options = ("--bits", 3, "--allocator", "uniform", "--seed", 7, "--calibration", text_file)
-    options += ("--samples", 3, "--sequence-length", 16, "--embedding-format", "b8")
+    options += ("--samples", 3, "--sequence-length", 16, "--embedding-format", "b8", "--recovery-steps", 0)
     recipe = invoke_json("quantize", even_model, "-o", tmp_path / "out", *options)["recipe"]
     wanted = {"bits": 3.0, "allocator": "uniform", "seed": 7, "calibration": str(text_file), "samples": 3}
     wanted |= {"sequence_length": 16, "embedding_format": "b8"}
     assert {key: recipe[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--fast"], FAST | {"bits": 2.5}),
+        (["--fast", "--trials", 7, "--samples", Recipe.samples], FAST | {"trials": 7, "samples": Recipe.samples}),
+        (["--recover", 2.5], {"recovery_minutes": 2.5, "samples": Recipe.samples}),
+        (["--recovery-steps", 9, "--trials", 1], {"recovery_steps": 9, "trials": 1}),
+    ],
+)
+def test_how_long_it_may_take_reaches_the_recipe(monkeypatch, options, wanted):
+    asked = []
+    monkeypatch.setattr("mgptq_export.pipeline.run", lambda model, out, recipe, targets, **rest: asked.append(recipe))
+    monkeypatch.setattr(command, "_print_manifest", lambda *arguments: None)
+    assert invoke("run", "model", "-o", "out", *options).exit_code == 0
+    assert {key: getattr(asked[0], key) for key in wanted} == wanted
+
+
+def test_recovery_for_minutes_records_its_steps(even_model, tmp_path):
+    quick = ("--samples", 2, "--sequence-length", 32, "--allocator", "hessian", "--threads", 1)
+    recipe = invoke_json("quantize", even_model, "-o", tmp_path / "out", *quick, "--recover", 0.001)["recipe"]
+    assert recipe["recovery_steps"] >= 1 and recipe["recovery_minutes"] == 0.001
 
 
 def test_quantize_then_export(even_model, tmp_path):

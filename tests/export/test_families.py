@@ -16,7 +16,7 @@ from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.errors import UnsupportedModelError
 from mgptq_runtime.families import FAMILIES as RUNTIME_FAMILIES
 
-RECIPE = Recipe(bits=3.0, allocator="hessian", samples=6, sequence_length=48, sensitivity_samples=2)
+RECIPE = Recipe(bits=3.0, allocator="hessian", samples=6, sequence_length=48, sensitivity_samples=2, recovery_steps=0)
 
 
 def test_workstation_and_runtime_know_the_same_families() -> None:

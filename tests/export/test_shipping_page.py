@@ -13,7 +13,7 @@ from mgptq_export.recipe import Recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "shipping.md"
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-RECIPE = Recipe(bits=4.5, allocator="uniform", samples=2, sequence_length=32, sensitivity_samples=1)
+RECIPE = Recipe(bits=4.5, allocator="uniform", samples=2, sequence_length=32, sensitivity_samples=1, recovery_steps=0)
 
 
 @pytest.fixture(scope="module")

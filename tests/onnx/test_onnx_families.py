@@ -25,7 +25,7 @@ from mgptq_runtime.golden import GoldenVectors
 
 pytestmark = pytest.mark.slow
 
-RECIPE = Recipe(bits=3.0, allocator="hessian", samples=6, sequence_length=48, sensitivity_samples=2)
+RECIPE = Recipe(bits=3.0, allocator="hessian", samples=6, sequence_length=48, sensitivity_samples=2, recovery_steps=0)
 VOCABULARY = tiny_models.COMMON["vocab_size"]
 
 PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}

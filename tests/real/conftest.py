@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mgptq_export import pipeline
-from mgptq_export.recipe import Recipe
+from mgptq_export.recipe import FAST, Recipe
 
 DATA = Path(os.environ.get("MGPTQ_TEXT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -45,7 +45,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package(smollm2: Path, held_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M at 2.5 stored bits, all targets, evaluated."""
     calibration = DATA / "c4-calibration.jsonl"
-    recipe = Recipe(bits=2.5, calibration=str(calibration) if calibration.is_file() else "self")
+    recipe = Recipe(bits=2.5, calibration=str(calibration) if calibration.is_file() else "self", **FAST)
     out = tmp_path_factory.mktemp("package") / "smollm2"
     text = pipeline.EvaluationText(held_out, windows=30)
     pipeline.run(str(smollm2), out, recipe, ["container", "onnx", "llama.cpp"], text=text)

@@ -1,6 +1,7 @@
 """The ablation measures what the commands deliver, and its table says how."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     write_llama(folder / "model", hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
     (folder / "text.txt").write_text(text())
     made = Bench(str(folder / "model"), str(folder / "text.txt"), {"text": Path(folder / "text.txt")}, 1)
-    made.recipe = made._recipe(samples=4, sequence_length=64, training_steps=2)
+    made.recipe = replace(made.recipe, samples=4, sequence_length=64, trials=2, training_steps=2, recovery_steps=2)
     made.windows = {"text": made.windows["text"][:, :128]}
     return made
 
@@ -25,10 +26,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_every_method_has_its_rows_and_seeds() -> None:
     keys = [row.key for row in rows(3)]
     assert len(keys) == len(set(keys))
-    assert {"fp32/None/0", "rounding b3/3.25/0", "uniform GPTQ b2/2.25/2", "hessian/3.0/0", "gnn/3.25/2"} <= set(keys)
+    wanted = {"fp32/None/0", "rounding/3.25/0", "uniform + recovery/2.25/0", "hessian + recovery/3.0/2", "gnn/2.5/2"}
+    assert wanted | {"gnn, 16 samples/2.25/0"} <= set(keys)
 
 
-@pytest.mark.parametrize("row", [Row("rounding b2", 2.25, 0), Row("uniform GPTQ b3", 3.25, 0), Row("gnn", 2.6, 1)])
+@pytest.mark.parametrize(
+    "row", [Row("rounding", 2.25), Row("uniform", 3.25), Row("gnn", 2.6, 1), Row("hessian", 2.6, recovered=True)]
+)
 def test_a_row_has_the_bits_that_it_names(bench: Bench, row: Row) -> None:
     result = bench.measure(row)
     assert row.bits is not None
@@ -40,7 +44,7 @@ def test_perplexity_is_that_of_the_runtime(bench: Bench) -> None:
     """The NumPy backend is trusted."""
     from mgptq_export.quantize import round_to_nearest
 
-    bench.calibration(0)
+    bench.calibration(bench.recipe)
     model = round_to_nearest(bench.source, "b3", bench.recipe)
     window = bench.windows["text"]
     found = measure_perplexity(NumpyBackend(model), window[0].tolist(), window=128, windows=1)
@@ -49,7 +53,7 @@ def test_perplexity_is_that_of_the_runtime(bench: Bench) -> None:
 
 def test_the_table_gives_means_over_seeds_with_their_spread() -> None:
     results = [
-        {"method": "gnn", "seed": s, "asked_bits": 2.5, "stored_bits": 2.4999, "minutes": 2.0, "perplexity": {"A": p}}
+        {"method": "gnn", "seed": s, "bits": 2.5, "stored_bits": 2.4999, "minutes": 2.0, "perplexity": {"A": p}}
         for s, p in enumerate([40.0, 42.0, 44.0])
     ]
     assert "| gnn | 2.4999 | 42.0 ± 2.0 | 3 | 2.0 |" in table(results, ["A"])

@@ -1,0 +1,104 @@
+"""How much of a quantized model's loss is each linear's doing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mgptq_export.compute import compute_dtype, computing_in
+from mgptq_export.models import SourceModel
+from mgptq_runtime.errors import NumericalError
+from mgptq_runtime.progress import track
+
+__all__ = ["Attribution", "attribute"]
+
+SEQUENCES_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Attributes:
+    divergence: KL(original || quantized) in nats per token.
+    losses: for every linear what its error costs of that, float64 [sequences]; of a sum of squares, so that together
+        with embedding and head they come to about the divergence.
+    """
+
+    divergence: float
+    losses: dict[str, torch.Tensor]
+
+
+def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tensor) -> Attribution:
+    """Measure a quantized model, and share the loss out among its linears.
+
+    With W the original weight of a linear and Q the quantized one, the loss changes by ``<dL/dQ, W - Q>`` to first
+    order when W is put back. L being near its minimum at the original weights, it is about a quadratic form of all
+    errors, of which half of that is the linear's part, its interplay with the errors of all others included.
+
+    Args:
+        original: the model.
+        quantized: the same with dequantized weights.
+        tokens: int64 [sequences, length].
+
+    Raises:
+        NumericalError: a loss is NaN or infinite.
+    """
+    device = quantized.model.device
+    dtype = compute_dtype(device)
+    names = [name for group in quantized.groups() for name in group.modules]
+    losses = torch.zeros(len(names), len(tokens), dtype=torch.float64)
+    total = 0.0
+    batches = tokens.split(SEQUENCES_AT_ONCE)
+    with track("Measuring the quantized model", len(batches)) as advance:
+        for batch, part in zip(batches, losses.split(SEQUENCES_AT_ONCE, dim=1), strict=True):
+            with _watched(original, quantized, part), computing_in(dtype, device):
+                divergence = _divergence(original.model, quantized.model, batch.to(device))
+                if not torch.isfinite(divergence):
+                    raise NumericalError("the quantized model's logits are NaN or infinite; ask for more bits")
+                divergence.backward()
+            total += divergence.item()
+            advance()
+    return Attribution(total / len(tokens), dict(zip(names, losses, strict=True)))
+
+
+@contextmanager
+def _watched(original: SourceModel, quantized: SourceModel, losses: torch.Tensor) -> Iterator[None]:
+    """Fill ``losses`` [linears, sequences] on the way back of a batch."""
+    befores = [module for group in original.groups() for module in group.modules.values()]
+    afters = [module for group in quantized.groups() for module in group.modules.values()]
+    handles = []
+    for row, (before, after) in enumerate(zip(befores, afters, strict=True)):
+        handles.append(after.register_forward_hook(_share(before, after, losses[row])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _share(before: Any, after: Any, row: torch.Tensor) -> Any:
+    """A forward hook that fills ``row`` [sequences] on the way back."""
+
+    def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        x = inputs[0].detach()
+
+        def add(gradient: torch.Tensor) -> None:
+            difference: torch.Tensor = after.weight - before.weight
+            error = nn.functional.linear(x.to(gradient.dtype), difference.to(gradient.dtype))
+            row.copy_(0.5 * (error.float() * gradient.float()).sum((1, 2)))
+
+        output.register_hook(add)
+
+    return watch
+
+
+def _divergence(original: Any, quantized: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Sum over sequences of their mean KL divergence, differentiable in the activations."""
+    with torch.no_grad():
+        wanted = torch.log_softmax(original(tokens, use_cache=False).logits.float(), -1)
+    # Weights are frozen: the embedded tokens are where gradients end.
+    embedded = quantized.get_input_embeddings()(tokens).requires_grad_(True)
+    found = torch.log_softmax(quantized(inputs_embeds=embedded, use_cache=False).logits.float(), -1)
+    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / tokens.shape[1]
