@@ -66,15 +66,17 @@ class Row:
 
 
 def rows(seeds: int) -> Iterator[Row]:
-    """The yardsticks, then every stage alone and all together, all seeds."""
+    """The yardsticks, then all stages together with every allocator, then with little text; all seeds.
+
+    A recovered row brings the one before recovery with it.
+    """
     yield Row("fp32", None)
     yield from (Row("rounding", bits + 0.25) for bits in CODE_BITS)
     for seed in range(seeds):
-        for recovered in (True, False):
-            for bits in STORED_BITS:
-                yield from (Row(one, bits, seed, recovered=recovered) for one in ("gnn", "hessian"))
+        for bits in STORED_BITS:
+            yield from (Row(one, bits, seed, recovered=True) for one in ("gnn", "hessian"))
     for bits in STORED_BITS:
-        yield from (Row("uniform", bits, recovered=recovered) for recovered in (False, True))
+        yield Row("uniform", bits, recovered=True)
         yield from (Row(one, bits, samples=LITTLE_TEXT) for one in ALLOCATORS)
 
 
@@ -104,24 +106,13 @@ class Bench:
         self.source.model.load_state_dict(self._ordered)
         return self._calibration
 
-    def measure(self, row: Row) -> dict[str, Any]:
-        """Quantize as the row says, and score all texts."""
+    def measure(self, row: Row) -> Iterator[tuple[Row, dict[str, Any]]]:
+        """Quantize as the row says, and score all texts; before recovery, too."""
         start = time.monotonic()
-        model = self.quantize(row)
-        minutes = (time.monotonic() - start) / 60
-        return {
-            **asdict(row),
-            "method": row.method,
-            "stored_bits": None if model is None else model.bits_stored,
-            "minutes": minutes,
-            "perplexity": {name: self.perplexity(windows, name) for name, windows in self.windows.items()},
-        }
-
-    def quantize(self, row: Row) -> QuantizedModel | None:
-        """The row's model; its weights are the bench's afterwards."""
         if row.bits is None:
             self.source.model.load_state_dict(self.original)
-            return None
+            yield row, self._result(row, None, 0.0)
+            return
         recipe = replace(
             self.recipe,
             bits=row.bits,
@@ -130,14 +121,30 @@ class Bench:
             allocator="uniform" if row.allocator == "rounding" else row.allocator,
         )
         calibration = self.calibration(recipe)
-        if row.allocator == "rounding":
-            return round_to_nearest(self.source, CODE_BITS[int(row.bits)], recipe)
         original = self.source.copy()
-        model = quantize(self.source, recipe, COLUMNS, calibration).model
-        if not row.recovered:
-            return model
-        text = recovery_tokens(original, recipe, calibration.tokens)
-        return recover(self.source, original, model, text, steps=recipe.recovery_steps, seed=recipe.seed).model
+        model = self._quantize(row, recipe, calibration)
+        seconds = time.monotonic() - start
+        yield replace(row, recovered=False), self._result(replace(row, recovered=False), model, seconds)
+        if row.recovered:
+            start = time.monotonic()
+            text = recovery_tokens(original, recipe, calibration.tokens)
+            steps = recipe.recovery_steps
+            model = recover(self.source, original, model, text, steps=steps, seed=recipe.seed).model
+            yield row, self._result(row, model, seconds + time.monotonic() - start)
+
+    def _quantize(self, row: Row, recipe: Recipe, calibration: Calibration) -> QuantizedModel:
+        if row.allocator == "rounding":
+            return round_to_nearest(self.source, CODE_BITS[int(recipe.bits)], recipe)
+        return quantize(self.source, recipe, COLUMNS, calibration).model
+
+    def _result(self, row: Row, model: QuantizedModel | None, seconds: float) -> dict[str, Any]:
+        return {
+            **asdict(row),
+            "method": row.method,
+            "stored_bits": None if model is None else model.bits_stored,
+            "minutes": seconds / 60,
+            "perplexity": {name: self.perplexity(windows, name) for name, windows in self.windows.items()},
+        }
 
     def perplexity(self, windows: torch.Tensor, name: str) -> float:
         """Over the second half of every window, given the first."""
@@ -207,10 +214,11 @@ def main(
     for row in rows(seeds):
         if row.key not in results and (not only or row.seed in only):
             print(f"{row.method} at {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
-            results[row.key] = bench.measure(row)
-            results_file.parent.mkdir(parents=True, exist_ok=True)
-            results_file.write_text(json.dumps(results, indent=1) + "\n")
-            out.with_suffix(".md").write_text(table(list(results.values()), list(texts)))
+            for measured, result in bench.measure(row):
+                results[measured.key] = result
+                results_file.parent.mkdir(parents=True, exist_ok=True)
+                results_file.write_text(json.dumps(results, indent=1) + "\n")
+                out.with_suffix(".md").write_text(table(list(results.values()), list(texts)))
     print(table(list(results.values()), list(texts)))
 
 

@@ -65,7 +65,7 @@ def main() -> None:
     source = smollm2_file()
     TEXT.parent.mkdir(exist_ok=True)
     TEXT.write_text("\n\n".join(pydoc_data.topics.topics.values()))
-    run = ("mgptq-export", "run", str(source), "-o", str(OUT), "--bits", "2.5", "--overwrite", "--json")
+    run = ("mgptq-export", "run", str(source), "-o", str(OUT), "--bits", "2.5", "--fast", "--overwrite", "--json")
     manifest = json.loads(command(*run, "--evaluate", str(TEXT), "--windows", "8"))
     checks = json.loads(command("mgptq-run", "check", str(OUT), "--json"))
     answer = command("mgptq-run", "generate", str(OUT), "--chat", "--prompt", PROMPT, "--max-tokens", "32")
