@@ -1,7 +1,7 @@
 """One table: what each part of the method is worth.
 
     python tools/ablation.py --calibration c4-calibration.jsonl \
-        --text WikiText-2=wikitext2-test.txt --text C4=c4-evaluation.jsonl -o docs/ablation
+        --text WikiText-2=wikitext2-test.txt --text C4=c4-evaluation.jsonl -o ablation
 
 Writes OUT.json after every row and skips the rows that it holds already, so an interrupted run goes on where it
 stopped; OUT.md is the table. The rows of a seed share one calibration.
