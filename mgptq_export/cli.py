@@ -61,6 +61,12 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+def _count(name: str, least: int, text: str) -> Callable[[Any], Any]:
+    """An option for a whole number of the recipe, its default being the recipe's."""
+    default = getattr(Recipe, name.removeprefix("--").replace("-", "_"))
+    return click.option(name, type=click.IntRange(least), default=default, show_default=True, help=text)
+
+
 OUT = click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the package.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT, once the new package is complete.")
 TARGETS = click.option(
@@ -100,16 +106,8 @@ RECIPE = _options(
         show_default=True,
         help="'self' (sampled from the model), a .txt or .jsonl file, or a hub data set.",
     ),
-    click.option(
-        "--samples", type=click.IntRange(1), default=Recipe.samples, show_default=True, help="Calibration sequences."
-    ),
-    click.option(
-        "--sequence-length",
-        type=click.IntRange(2),
-        default=Recipe.sequence_length,
-        show_default=True,
-        help="Tokens per calibration sequence.",
-    ),
+    _count("--samples", 1, "Calibration sequences."),
+    _count("--sequence-length", 2, "Tokens per calibration sequence."),
     click.option("--seed", type=int, default=Recipe.seed, show_default=True),
     click.option(
         "--embedding-format",
@@ -119,19 +117,11 @@ RECIPE = _options(
         type=click.Choice(["b4", "b8"]),
     ),
     GGML_TYPES,
-    click.option(
-        "--trials",
-        type=click.IntRange(1),
-        default=Recipe.trials,
-        show_default=True,
-        help="Quantizations of the whole model that the gnn allocator learns from.",
-    ),
-    click.option(
+    _count("--trials", 1, "Quantizations of the whole model that the gnn allocator learns from."),
+    _count(
         "--recovery-steps",
-        type=click.IntRange(0),
-        default=Recipe.recovery_steps,
-        show_default=True,
-        help="Steps of end-to-end training of scales and norms on the calibration text; 0 leaves it out.",
+        0,
+        "Steps of end-to-end training of scales and norms on the calibration text; 0 leaves it out.",
     ),
     click.option(
         "--recover",

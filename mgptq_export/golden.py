@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mgptq_export.hooks import hooked
 from mgptq_runtime.golden import GoldenVectors, hidden_digest
 
 __all__ = ["make_golden"]
@@ -31,11 +32,8 @@ def make_golden(model: Any, tokens: torch.Tensor) -> GoldenVectors:
                 lambda module, inputs, output: layers.append(output[0] if isinstance(output, tuple) else output)
             )
         )
-    try:
+    with hooked(handles):
         logits = model(prompts.to(model.device), use_cache=False).logits.float().cpu()
-    finally:
-        for handle in handles:
-            handle.remove()
     top = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
     digests = [hidden_digest(layer[:, -1].float().cpu().numpy()) for layer in layers]
     return GoldenVectors(

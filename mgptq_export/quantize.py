@@ -1,8 +1,8 @@
 """Quantizing a model: calibrate, allocate, solve. Everything here works on a model in memory."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from mgptq_export.calibration import (
 )
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.families import GroupModules
+from mgptq_export.hooks import hooked
 from mgptq_export.layouts import COLUMNS, Allocated, Calibration, Layout
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
@@ -268,7 +269,7 @@ class _Flow:
         for group in groups:
             first = next(iter(group.modules.values()))
             handles.append(first.register_forward_pre_hook(feed(group.name)))
-        with _hooked(handles):
+        with hooked(handles):
             for state in self._states:
                 with suppress(_StopForward):
                     self._output(index, state)
@@ -291,7 +292,7 @@ class _Flow:
             states.append(inputs[0] if inputs else keywords["hidden_states"])
             raise _StopForward
 
-        with _hooked([self._source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
+        with hooked([self._source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
             for batch in tokens.split(SEQUENCES_AT_ONCE):
                 with suppress(_StopForward):
                     self._source.model.model(batch.to(self._source.model.device), use_cache=False)
@@ -304,15 +305,6 @@ class _Flow:
         def catch(module: nn.Module, inputs: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> None:
             arguments.append({name: value for name, value in keywords.items() if name != "hidden_states"})
 
-        with _hooked([layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self._source.layers]):
+        with hooked([layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self._source.layers]):
             self._source.model.model(tokens[:1].to(self._source.model.device), use_cache=False)
         return arguments
-
-
-@contextmanager
-def _hooked(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,7 +1,6 @@
 """How much of a quantized model's loss is each linear's doing."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from mgptq_export.compute import compute_dtype, computing_in
+from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel
 from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
@@ -63,19 +63,14 @@ def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tenso
     return Attribution(total / len(tokens), dict(zip(names, losses, strict=True)))
 
 
-@contextmanager
-def _watched(original: SourceModel, quantized: SourceModel, losses: torch.Tensor) -> Iterator[None]:
+def _watched(original: SourceModel, quantized: SourceModel, losses: torch.Tensor) -> AbstractContextManager[None]:
     """Fill ``losses`` [linears, sequences] on the way back of a batch."""
     befores = [module for group in original.groups() for module in group.modules.values()]
     afters = [module for group in quantized.groups() for module in group.modules.values()]
-    handles = []
-    for row, (before, after) in enumerate(zip(befores, afters, strict=True)):
-        handles.append(after.register_forward_hook(_share(before, after, losses[row])))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(
+        after.register_forward_hook(_share(before, after, row))
+        for before, after, row in zip(befores, afters, losses, strict=True)
+    )
 
 
 def _share(before: Any, after: Any, row: torch.Tensor) -> Any:

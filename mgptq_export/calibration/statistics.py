@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mgptq_export.compute import compute_dtype, computing_in
+from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel
 from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
@@ -89,17 +90,13 @@ def collect_statistics(
             handles.append(module.register_forward_hook(_watch_gradient(gradients[name])))
     backward, rest = list(tokens[:sensitivity_samples].split(1)), tokens[sensitivity_samples:]
     forward = list(rest.split(SEQUENCES_AT_ONCE)) if len(rest) else []
-    try:
-        with track("Measuring activations and sensitivity", len(backward) + len(forward)) as advance:
-            for batch in backward:
-                head.add(_run_backward(source.model, batch.to(device), generator))
-                advance()
-            for batch in forward:
-                head.add(_run_forward(source.model, batch.to(device)))
-                advance()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), track("Measuring activations and sensitivity", len(backward) + len(forward)) as advance:
+        for batch in backward:
+            head.add(_run_backward(source.model, batch.to(device), generator))
+            advance()
+        for batch in forward:
+            head.add(_run_forward(source.model, batch.to(device)))
+            advance()
     count = min(sensitivity_samples, tokens.shape[0]) * tokens.shape[1]
     result = {}
     for group in groups:
