@@ -31,14 +31,18 @@ from mgptq_runtime.errors import BadInputError, BudgetError, OutputExistsError, 
 from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
 from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, file_sha256, open_package
 from mgptq_runtime.progress import track
+from mgptq_runtime.quantized_model import QuantizedModel
 
 __all__ = [
     "EvaluationText",
+    "Solved",
     "evaluate_package",
     "export",
     "read_manifest",
     "run",
+    "save_solved",
     "verified_checkpoint",
+    "write_targets",
 ]
 
 GOLDEN_FILE = "golden.npz"
@@ -185,8 +189,7 @@ def run(
         calibration = calibrate(source, recipe)
         solved = _quantize_into(folder, source, calibration, recipes)
         written = targets if export_targets else []
-        _export_into(folder, solved, written)
-        manifest = _write_manifest(folder, solved, written, None)
+        manifest = write_targets(folder, solved, written)
         if text and windows is not None:
             quality = evaluate(windows, torch_scorer(original.model), _scorers(source, solved, folder, written))
             manifest = _write_manifest(folder, solved, written, _evaluation_json(text, windows, quality))
@@ -366,18 +369,39 @@ def _quantize_into(
             minutes=recipe.recovery_minutes,
             seed=recipe.seed,
         )
-        checkpoint = write_checkpoint(
-            folder / layout.folder,
-            recovered.model,
-            name=source.name,
-            config=source.config,
-            recipe=replace(recipe, recovery_steps=recovered.steps).to_json(),
-            tokenizer_folder=source.tokenizer_folder,
-        )
-        golden = make_golden(working.model, result.tokens)
-        write_golden(folder / layout.folder / GOLDEN_FILE, golden)
-        solved.append(Solved(layout, checkpoint, golden))
+        taken = replace(recipe, recovery_steps=recovered.steps)
+        solved.append(save_solved(folder, layout, recovered.model, working, taken, result.tokens))
     return solved
+
+
+def save_solved(
+    folder: Path, layout: Layout, model: QuantizedModel, source: SourceModel, recipe: Recipe, tokens: torch.Tensor
+) -> Solved:
+    """Write a quantized model into a package's folder, for :func:`write_targets` to export.
+
+    Args:
+        folder: of the package, which holds no model of this layout.
+        source: holds the weights of ``model``, dequantized.
+        recipe: what ``model`` was made by.
+        tokens: int64 [samples, sequence], of which golden vectors are made.
+    """
+    checkpoint = write_checkpoint(
+        folder / layout.folder,
+        model,
+        name=source.name,
+        config=source.config,
+        recipe=recipe.to_json(),
+        tokenizer_folder=source.tokenizer_folder,
+    )
+    golden = make_golden(source.model, tokens)
+    write_golden(folder / layout.folder / GOLDEN_FILE, golden)
+    return Solved(layout, checkpoint, golden)
+
+
+def write_targets(folder: Path, solved: Sequence[Solved], targets: Sequence[str]) -> dict[str, Any]:
+    """Export to a package's folder what :func:`save_solved` put into it, and write its manifest, which is returned."""
+    _export_into(folder, solved, targets)
+    return _write_manifest(folder, solved, targets, None)
 
 
 def _export_into(folder: Path, solved: Sequence[Solved], targets: Sequence[str]) -> None:

@@ -4,12 +4,15 @@
         --text WikiText-2=wikitext2-test.txt --text C4=c4-evaluation.jsonl -o ablation
 
 Writes OUT.json after every row and skips the rows that it holds already, so an interrupted run goes on where it
-stopped; OUT.md is the table. The rows of a seed share one calibration.
+stopped; OUT.md is the table. The rows of a seed share one calibration, whose time counts for each. With --packages,
+recovered models are kept as packages, for mgptq-run to score what was exported.
 """
 
 import json
 import math
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,9 +27,12 @@ from mgptq_export.calibration import file_tokens, recovery_tokens
 from mgptq_export.evaluation import evaluation_windows
 from mgptq_export.layouts import COLUMNS, Calibration
 from mgptq_export.models import SourceModel, load_source
+from mgptq_export.pipeline import save_solved, write_targets
 from mgptq_export.quantize import calibrate, quantize, round_to_nearest
 from mgptq_export.recipe import Recipe
 from mgptq_export.recovery import recover
+from mgptq_export.sizes import format_size
+from mgptq_export.targets import target_named
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import QuantizedModel
 
@@ -46,6 +52,7 @@ class Row:
         seed: of everything random.
         samples: calibration sequences, where not the default.
         recovered: whether scales and norms are trained afterwards.
+        sampled: whether the model writes its calibration text itself.
     """
 
     allocator: str
@@ -53,12 +60,14 @@ class Row:
     seed: int = 0
     samples: int = Recipe.samples
     recovered: bool = False
+    sampled: bool = False
 
     @property
     def method(self) -> str:
         """What the table calls it."""
         little = "" if self.samples == Recipe.samples else f", {self.samples} samples"
-        return self.allocator + little + (" + recovery" if self.recovered else "")
+        own = ", self-sampled text" if self.sampled else ""
+        return self.allocator + little + own + (" + recovery" if self.recovered else "")
 
     @property
     def key(self) -> str:
@@ -66,7 +75,7 @@ class Row:
 
 
 def rows(seeds: int) -> Iterator[Row]:
-    """The yardsticks, then all stages together with every allocator, then with little text; all seeds.
+    """The yardsticks, then all stages together with every allocator, all seeds, then with other text or little.
 
     A recovered row brings the one before recovery with it.
     """
@@ -75,23 +84,32 @@ def rows(seeds: int) -> Iterator[Row]:
     for seed in range(seeds):
         for bits in STORED_BITS:
             yield from (Row(one, bits, seed, recovered=True) for one in ("gnn", "hessian"))
+    yield Row("gnn", 2.5, recovered=True, sampled=True)
     for bits in STORED_BITS:
         yield Row("uniform", bits, recovered=True)
         yield from (Row(one, bits, samples=LITTLE_TEXT) for one in ALLOCATORS)
 
 
 class Bench:
-    """The model, its original weights, and the calibration of the seed at hand."""
+    """The model, its original weights, and the calibration at hand.
 
-    def __init__(self, model: str, calibration: str, texts: Mapping[str, Path], windows: int) -> None:
+    Args:
+        packages: where to keep recovered models; None to keep none.
+    """
+
+    def __init__(
+        self, model: str, calibration: str, texts: Mapping[str, Path], windows: int, packages: Path | None = None
+    ) -> None:
         self.source: SourceModel = load_source(model)
         self.original = self._weights()
         self.recipe = Recipe(calibration=calibration)
         self.windows = {}
         for name, path in texts.items():
             self.windows[name] = evaluation_windows(file_tokens(path, self.source), 512, windows)
-        self._calibrated: tuple[int, int] | None = None
+        self.packages = packages
+        self._calibrated: tuple[Any, ...] | None = None
         self._calibration: Calibration | None = None
+        self._calibration_seconds = 0.0
         self._ordered = self.original
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -99,19 +117,21 @@ class Bench:
 
     def calibration(self, recipe: Recipe) -> Calibration:
         """A calibration, made once; the model's weights are put back to the original, in calibrated order."""
-        if self._calibrated != (recipe.seed, recipe.samples) or self._calibration is None:
+        wanted = (recipe.seed, recipe.samples, recipe.calibration)
+        if self._calibrated != wanted or self._calibration is None:
             self.source.model.load_state_dict(self.original)
+            start = time.monotonic()
             self._calibration = calibrate(self.source, recipe)
-            self._ordered, self._calibrated = self._weights(), (recipe.seed, recipe.samples)
+            self._calibration_seconds = time.monotonic() - start
+            self._ordered, self._calibrated = self._weights(), wanted
         self.source.model.load_state_dict(self._ordered)
         return self._calibration
 
     def measure(self, row: Row) -> Iterator[tuple[Row, dict[str, Any]]]:
         """Quantize as the row says, and score all texts; before recovery, too."""
-        start = time.monotonic()
         if row.bits is None:
             self.source.model.load_state_dict(self.original)
-            yield row, self._result(row, None, 0.0)
+            yield row, self._result(row, {})
             return
         recipe = replace(
             self.recipe,
@@ -119,32 +139,44 @@ class Bench:
             seed=row.seed,
             samples=min(row.samples, self.recipe.samples),
             allocator="uniform" if row.allocator == "rounding" else row.allocator,
+            calibration="self" if row.sampled else self.recipe.calibration,
         )
         calibration = self.calibration(recipe)
         original = self.source.copy()
+        start = time.monotonic() - self._calibration_seconds
         model = self._quantize(row, recipe, calibration)
-        seconds = time.monotonic() - start
-        yield replace(row, recovered=False), self._result(replace(row, recovered=False), model, seconds)
+        minutes = (time.monotonic() - start) / 60
+        before = replace(row, recovered=False)
+        solved = replace(recipe, recovery_steps=0)
+        yield before, self._result(before, self._package(before, model, solved, calibration) | {"minutes": minutes})
         if row.recovered:
             start = time.monotonic()
             text = recovery_tokens(original, recipe, calibration.tokens)
             steps = recipe.recovery_steps
             model = recover(self.source, original, model, text, steps=steps, seed=recipe.seed).model
-            yield row, self._result(row, model, seconds + time.monotonic() - start)
+            minutes += (time.monotonic() - start) / 60
+            yield row, self._result(row, self._package(row, model, recipe, calibration) | {"minutes": minutes})
 
     def _quantize(self, row: Row, recipe: Recipe, calibration: Calibration) -> QuantizedModel:
         if row.allocator == "rounding":
             return round_to_nearest(self.source, CODE_BITS[int(recipe.bits)], recipe)
         return quantize(self.source, recipe, COLUMNS, calibration).model
 
-    def _result(self, row: Row, model: QuantizedModel | None, seconds: float) -> dict[str, Any]:
-        return {
-            **asdict(row),
-            "method": row.method,
-            "stored_bits": None if model is None else model.bits_stored,
-            "minutes": seconds / 60,
-            "perplexity": {name: self.perplexity(windows, name) for name, windows in self.windows.items()},
-        }
+    def _package(self, row: Row, model: QuantizedModel, recipe: Recipe, calibration: Calibration) -> dict[str, Any]:
+        """Export the model that ``source`` holds; what its container weighs."""
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder) / row.key.replace("/", "-")
+            targets = ["container", "onnx"] if row.recovered and self.packages else ["container"]
+            solved = save_solved(package, COLUMNS, model, self.source, recipe, calibration.tokens)
+            write_targets(package, [solved], targets)
+            if row.recovered and self.packages:
+                shutil.copytree(package, self.packages / package.name, dirs_exist_ok=True)
+            size = target_named("container").model_bytes(package)
+        return {"stored_bits": model.bits_stored, "bytes": size}
+
+    def _result(self, row: Row, of_model: Mapping[str, Any]) -> dict[str, Any]:
+        perplexity = {name: self.perplexity(windows, name) for name, windows in self.windows.items()}
+        return {**asdict(row), "method": row.method, **of_model, "perplexity": perplexity}
 
     def perplexity(self, windows: torch.Tensor, name: str) -> float:
         """Over the second half of every window, given the first."""
@@ -165,14 +197,16 @@ def table(results: list[dict[str, Any]], texts: list[str]) -> str:
     for result in results:
         groups.setdefault((result["method"], result["bits"]), []).append(result)
     lines = [
-        "| method | stored bits | " + " | ".join(texts) + " | seeds | minutes |",
-        "|---|---|" + "---|" * len(texts) + "---|---|",
+        "| method | stored bits | container | " + " | ".join(texts) + " | seeds | minutes |",
+        "|---|---|---|" + "---|" * len(texts) + "---|---|",
     ]
     for (method, _), group in groups.items():
-        stored = group[0]["stored_bits"]
-        cells = [method, f"{stored:.4f}" if stored else "32"]
+        quantized = "stored_bits" in group[0]
+        cells = [method, f"{group[0]['stored_bits']:.4f}" if quantized else "32"]
+        cells += [format_size(group[0]["bytes"]) if quantized else ""]
         cells += [_spread([result["perplexity"][name] for result in group]) for name in texts]
-        lines.append("| " + " | ".join([*cells, str(len(group)), f"{mean(r['minutes'] for r in group):.1f}"]) + " |")
+        cells += [str(len(group)), f"{mean(result['minutes'] for result in group):.1f}" if quantized else ""]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -195,6 +229,7 @@ def named_files(context: click.Context, parameter: click.Parameter, values: tupl
 @click.option("--windows", default=30, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--only", type=int, multiple=True, help="Measure these seeds only, as to share the work.")
+@click.option("--packages", type=click.Path(path_type=Path), help="A folder to keep recovered models in, exported.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Writes OUT.json and OUT.md.")
 def main(
     model: str | None,
@@ -203,6 +238,7 @@ def main(
     windows: int,
     seeds: int,
     only: tuple[int, ...],
+    packages: Path | None,
     out: Path,
 ) -> None:
     """Measure every part of the method and write one table."""
@@ -210,7 +246,7 @@ def main(
 
     results_file = out.with_suffix(".json")
     results: dict[str, Any] = json.loads(results_file.read_text()) if results_file.exists() else {}
-    bench = Bench(model or str(smollm2_file()), calibration, texts, windows)
+    bench = Bench(model or str(smollm2_file()), calibration, texts, windows, packages)
     for row in rows(seeds):
         if row.key not in results and (not only or row.seed in only):
             print(f"{row.method} at {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)

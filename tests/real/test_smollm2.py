@@ -23,7 +23,8 @@ from mgptq_export.targets.onnx import read_onnx_weights
 from mgptq_runtime.package import open_package
 from mgptq_runtime.quantized_model import QuantizedModel
 
-pytestmark = pytest.mark.slow
+# A processor without fast bfloat16 takes four times as long as one with it.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def dequantized(model: QuantizedModel) -> dict[str, np.ndarray]:
