@@ -28,8 +28,12 @@ __all__ = [
     "Checkpoint",
     "copy_tokenizer",
     "drop_tokens_beyond",
+    "pack_group",
+    "pack_model",
     "read_checkpoint",
     "tokenizer_files",
+    "unpack_group",
+    "unpack_model",
     "write_checkpoint",
 ]
 
@@ -57,6 +61,56 @@ class Checkpoint:
     def name(self) -> str:
         """The model's name, for file names and titles."""
         return self.config["quantization_config"]["name"]
+
+
+def pack_group(group: InputGroup) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """An input group as arrays by name, and as JSON values what these are."""
+    arrays = {name: data for linear in group.linears for name, data in _linear_tensors(linear).items()}
+    if group.permutation is not None:
+        arrays[f"{group.name}.permutation"] = group.permutation.astype(np.int32)
+    return arrays, {"name": group.name, "linears": [_linear_layout(linear) for linear in group.linears]}
+
+
+def unpack_group(arrays: Mapping[str, np.ndarray], entry: Mapping[str, Any]) -> InputGroup:
+    """What :func:`pack_group` packed."""
+    permutation = arrays.get(f"{entry['name']}.permutation")
+    linears = tuple(_read_linear(linear, arrays, permutation) for linear in entry["linears"])
+    return InputGroup(entry["name"], permutation, linears)
+
+
+def pack_model(model: QuantizedModel) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A quantized model as arrays by name, and as JSON values what these are."""
+    arrays: dict[str, np.ndarray] = dict(model.tensors)
+    groups = []
+    for group in model.groups:
+        of_group, entry = pack_group(group)
+        arrays |= of_group
+        groups.append(entry)
+    layout: dict[str, Any] = {"groups": groups, "embedding": _linear_layout(model.embedding), "head": None}
+    arrays |= _linear_tensors(model.embedding)
+    if model.head is not None:
+        layout["head"] = _linear_layout(model.head)
+        arrays |= _linear_tensors(model.head)
+    description = {
+        "family": model.family,
+        "hyperparameters": dict(model.hyperparameters),
+        "tensors": sorted(model.tensors),
+        "layout": layout,
+    }
+    return arrays, description
+
+
+def unpack_model(arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> QuantizedModel:
+    """What :func:`pack_model` packed."""
+    layout = description["layout"]
+    return QuantizedModel(
+        family=description["family"],
+        hyperparameters=description["hyperparameters"],
+        groups=tuple(unpack_group(arrays, entry) for entry in layout["groups"]),
+        embedding=_read_linear(layout["embedding"], arrays, None),
+        head=_read_linear(layout["head"], arrays, None) if layout["head"] else None,
+        tensors={key: arrays[key] for key in description["tensors"]},
+    )
 
 
 def _linear_layout(linear: QuantizedLinear) -> dict[str, Any]:
@@ -106,29 +160,14 @@ def write_checkpoint(
         tokenizer_folder: holds the files of :data:`TOKENIZER_FILES`, those that exist are copied.
     """
     folder.mkdir(parents=True)
-    tensors: dict[str, np.ndarray] = dict(model.tensors)
-    groups = []
-    for group in model.groups:
-        groups.append({"name": group.name, "linears": [_linear_layout(linear) for linear in group.linears]})
-        if group.permutation is not None:
-            tensors[f"{group.name}.permutation"] = group.permutation.astype(np.int32)
-        for linear in group.linears:
-            tensors |= _linear_tensors(linear)
-    layout: dict[str, Any] = {"groups": groups, "embedding": _linear_layout(model.embedding), "head": None}
-    tensors |= _linear_tensors(model.embedding)
-    if model.head is not None:
-        layout["head"] = _linear_layout(model.head)
-        tensors |= _linear_tensors(model.head)
+    tensors, description = pack_model(model)
     quantization_config = {
         "quant_method": "mgptq",
         "format_version": FORMAT_VERSION,
         "name": name,
-        "family": model.family,
         "bits_stored": model.bits_stored,
         "recipe": dict(recipe),
-        "hyperparameters": dict(model.hyperparameters),
-        "tensors": sorted(model.tensors),
-        "layout": layout,
+        **description,
     }
     full_config: dict[str, Any] = {**config, "quantization_config": quantization_config}
     save_file({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}, folder / "model.safetensors")
@@ -173,21 +212,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder}: quant_method {quantization['quant_method']!r} version {quantization.get('format_version')}"
                 f" is not 'mgptq' version {FORMAT_VERSION}; quantize the model with this version"
             )
-        tensors = load_file(folder / "model.safetensors")
-        layout = quantization["layout"]
-        groups = []
-        for entry in layout["groups"]:
-            permutation = tensors.get(f"{entry['name']}.permutation")
-            linears = tuple(_read_linear(linear, tensors, permutation) for linear in entry["linears"])
-            groups.append(InputGroup(entry["name"], permutation, linears))
-        model = QuantizedModel(
-            family=quantization["family"],
-            hyperparameters=quantization["hyperparameters"],
-            groups=tuple(groups),
-            embedding=_read_linear(layout["embedding"], tensors, None),
-            head=_read_linear(layout["head"], tensors, None) if layout["head"] else None,
-            tensors={key: tensors[key] for key in quantization["tensors"]},
-        )
+        model = unpack_model(load_file(folder / "model.safetensors"), quantization)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PackageError(
             f"{folder} is not a complete quantized checkpoint ({type(error).__name__}: {error}); "

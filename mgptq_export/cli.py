@@ -69,6 +69,11 @@ def _count(name: str, least: int, text: str) -> Callable[[Any], Any]:
 
 OUT = click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the package.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT, once the new package is complete.")
+RESUME = click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where a run with the same options was stopped. To start anew instead, --overwrite.",
+)
 TARGETS = click.option(
     "--targets", default="container,onnx", show_default=True, callback=_split, help="Comma-separated targets."
 )
@@ -156,6 +161,7 @@ def cli(verbose: bool) -> None:
 @DEVICE
 @THREADS
 @OVERWRITE
+@RESUME
 @TRUST
 @JSON
 def run(
@@ -168,6 +174,7 @@ def run(
     device: str,
     threads: int | None,
     overwrite: bool,
+    resume: bool,
     trust_remote_code: bool,
     as_json: bool,
     **recipe: Any,
@@ -184,6 +191,7 @@ def run(
         text=pipeline.EvaluationText(text, window, windows) if text else None,
         device=device,
         overwrite=overwrite,
+        resume=resume,
         trust_remote_code=trust_remote_code,
     )
     _print_manifest(manifest, out, as_json)
@@ -197,6 +205,7 @@ def run(
 @DEVICE
 @THREADS
 @OVERWRITE
+@RESUME
 @TRUST
 @JSON
 def quantize(
@@ -206,6 +215,7 @@ def quantize(
     device: str,
     threads: int | None,
     overwrite: bool,
+    resume: bool,
     trust_remote_code: bool,
     as_json: bool,
     **recipe: Any,
@@ -222,6 +232,7 @@ def quantize(
         export_targets=False,
         device=device,
         overwrite=overwrite,
+        resume=resume,
         trust_remote_code=trust_remote_code,
     )
     _print_manifest(manifest, out, as_json)

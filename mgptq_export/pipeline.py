@@ -1,25 +1,33 @@
 """From a model to a package: quantize, export, evaluate, and the manifest that tells it all."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from mgptq_export.calibration import file_tokens, recovery_tokens
-from mgptq_export.checkpoint import Checkpoint, read_checkpoint, tokenizer_files, write_checkpoint
+from mgptq_export.checkpoint import (
+    Checkpoint,
+    pack_model,
+    read_checkpoint,
+    tokenizer_files,
+    unpack_model,
+    write_checkpoint,
+)
 from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_windows, torch_scorer
 from mgptq_export.golden import make_golden
+from mgptq_export.journal import Journal, Record
 from mgptq_export.layouts import COLUMNS, LAYOUTS, Calibration, Layout
 from mgptq_export.models import SourceModel, load_quantized_weights, load_source
+from mgptq_export.output import MANIFEST_KEYS, new_folder, unfinished_run
 from mgptq_export.planning import bits_for_size
 from mgptq_export.quantize import calibrate, check_budget, quantize
 from mgptq_export.recipe import Recipe
@@ -27,7 +35,7 @@ from mgptq_export.recovery import recover
 from mgptq_export.targets import TARGETS, target_named
 from mgptq_runtime.backends import Backend
 from mgptq_runtime.check import DEFAULT_BOUNDS
-from mgptq_runtime.errors import BadInputError, BudgetError, OutputExistsError, PackageError
+from mgptq_runtime.errors import BadInputError, BudgetError, PackageError
 from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
 from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, file_sha256, open_package
 from mgptq_runtime.progress import track
@@ -46,7 +54,6 @@ __all__ = [
 ]
 
 GOLDEN_FILE = "golden.npz"
-MANIFEST_KEYS = {"name", "bits", "layouts", "targets", "files"}
 # What evaluations call the weights of each layout, computed by PyTorch.
 CHECKPOINT_LABELS = {"columns": "checkpoint", "tensors": "llama.cpp_checkpoint"}
 VERSIONED = ("mgptq-export", "mgptq-runtime", "torch", "transformers", "numpy", "onnx", "onnxruntime", "gguf")
@@ -70,83 +77,6 @@ class Solved:
     golden: GoldenVectors
 
 
-@contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling that becomes ``out`` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        OutputExistsError: ``out`` exists and may not be replaced; an old one survives until the new one is complete.
-        BadInputError: nothing can be written there.
-    """
-    out = _real_path(out)
-    _check_replaceable(out, overwrite)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise BadInputError(f"{out} cannot be written: {error.strerror}") from error
-    try:
-        partial.chmod(0o755)
-        yield partial
-        if overwrite:
-            _check_replaceable(out, overwrite)  # it may have appeared meanwhile
-            _replace_folder(partial, out)
-        else:
-            partial.rename(out)  # fails where something has appeared in the meantime
-    except (OSError, SafetensorError) as error:
-        raise BadInputError(f"writing {out} failed: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _real_path(out: Path) -> Path:
-    """``out`` without links and dots, so that it can be renamed."""
-    try:
-        return out.resolve()
-    except (OSError, RuntimeError) as error:
-        raise BadInputError(f"{out} cannot be written: {error}") from error
-
-
-def _check_replaceable(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not overwrite:
-        raise OutputExistsError(f"{out} exists; choose another folder, or pass --overwrite to replace it")
-    if out.is_mount():
-        raise OutputExistsError(f"{out} is a mount point, which cannot be replaced; choose a folder inside it")
-    if not _is_ours(out):
-        raise OutputExistsError(f"{out} is not a folder that this program wrote; --overwrite will not replace it")
-
-
-def _is_ours(out: Path) -> bool:
-    if not out.is_dir():
-        return False
-    try:
-        manifest = json.loads((out / MANIFEST_FILE).read_text())
-    except (OSError, ValueError):
-        return not any(out.iterdir())
-    return isinstance(manifest, dict) and manifest.keys() >= MANIFEST_KEYS
-
-
-def _replace_folder(new: Path, out: Path) -> None:
-    if not out.exists():
-        new.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    try:
-        out.rename(old / out.name)
-    except BaseException:
-        old.rmdir()
-        raise
-    try:
-        new.rename(out)
-    except BaseException:  # an interrupt, too
-        (old / out.name).rename(out)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def run(
     model: str,
     out: Path,
@@ -157,9 +87,12 @@ def run(
     text: EvaluationText | None = None,
     device: str = "cpu",
     overwrite: bool = False,
+    resume: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Quantize a model, once for each layout of weights that the targets want, and export it.
+
+    What is finished is on disk at once; a run that was stopped can be resumed, and gives the same bytes.
 
     Args:
         model: a Hugging Face folder or hub id, or a GGUF file.
@@ -168,15 +101,17 @@ def run(
         export_targets: write the targets; otherwise the package only holds what :func:`export` makes them of.
         text: what to evaluate on; None to leave evaluation out.
         device: a torch device.
+        overwrite: replace ``out``, and start anew where a run for it was stopped.
+        resume: go on where a run for ``out`` was stopped.
 
     Returns:
         the manifest.
 
     Raises:
-        MgptqError: see :mod:`mgptq_runtime.errors`; nothing is left behind.
+        MgptqError: see :mod:`mgptq_runtime.errors`; no package is left behind.
     """
     layouts = _layouts_of(targets)
-    with new_folder(out, overwrite) as folder:
+    with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way:
         source = load_source(model, device=device, trust_remote_code=trust_remote_code)
         for target in targets:
             target_named(target).check_config(source.model.config)
@@ -185,9 +120,11 @@ def run(
             check_budget(source, recipes[layout.name], layout)
         _check_tokenizer(source, targets)
         windows = _windows(source, text) if text else None
+        under_way.identify(_identity(source, recipe, targets))
         original = source.copy() if text else source
-        calibration = calibrate(source, recipe)
-        solved = _quantize_into(folder, source, calibration, recipes)
+        calibration = calibrate(source, recipe, under_way.journal)
+        folder = under_way.folder
+        solved = _quantize_into(folder, source, calibration, recipes, under_way.journal)
         written = targets if export_targets else []
         manifest = write_targets(folder, solved, written)
         if text and windows is not None:
@@ -351,27 +288,44 @@ def _windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
 
 
 def _quantize_into(
-    folder: Path, source: SourceModel, calibration: Calibration, recipes: Mapping[str, Recipe]
+    folder: Path, source: SourceModel, calibration: Calibration, recipes: Mapping[str, Recipe], journal: Journal
 ) -> list[Solved]:
     """Quantize a copy of the model for every layout, by its recipe; ``source`` stays as it is."""
     solved = []
     for name, recipe in recipes.items():
-        layout = LAYOUTS[name]
-        working = source.copy()
-        result = quantize(working, recipe, layout, calibration)
-        text = recovery_tokens(source, recipe, calibration.tokens) if recipe.recovers else calibration.tokens
-        recovered = recover(
-            working,
-            source,
-            result.model,
-            text,
-            steps=recipe.recovery_steps,
-            minutes=recipe.recovery_minutes,
-            seed=recipe.seed,
-        )
-        taken = replace(recipe, recovery_steps=recovered.steps)
-        solved.append(save_solved(folder, layout, recovered.model, working, taken, result.tokens))
+        layout, working = LAYOUTS[name], source.copy()
+        finishing = partial(_finished, working, source, calibration, recipe, layout, journal.within(name))
+        record = journal.within(name).once("model", finishing)
+        model = unpack_model(record.arrays, record.facts["model"])
+        load_quantized_weights(working, model)
+        taken = replace(recipe, recovery_steps=record.facts["recovery_steps"])
+        solved.append(save_solved(folder, layout, model, working, taken, calibration.tokens))
     return solved
+
+
+def _finished(
+    working: SourceModel,
+    source: SourceModel,
+    calibration: Calibration,
+    recipe: Recipe,
+    layout: Layout,
+    journal: Journal,
+) -> Record:
+    """The quantized and recovered model, for a journal."""
+    model = quantize(working, recipe, layout, calibration, journal).model
+    text = recovery_tokens(source, recipe, calibration.tokens) if recipe.recovers else calibration.tokens
+    recovered = recover(
+        working,
+        source,
+        model,
+        text,
+        steps=recipe.recovery_steps,
+        minutes=recipe.recovery_minutes,
+        seed=recipe.seed,
+        journal=journal,
+    )
+    arrays, description = pack_model(recovered.model)
+    return Record(arrays, {"model": description, "recovery_steps": recovered.steps})
 
 
 def save_solved(
@@ -480,6 +434,37 @@ def _bits(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dict[str, Any]:
+    """All that the bytes of a package depend on, evaluation apart."""
+    text = Path(recipe.calibration)
+    tokenizer = source.tokenizer_folder / "tokenizer.json"
+    return {
+        "model": {
+            "weights": _weights_sha256(source),
+            "config": dict(source.config),
+            "tokenizer": file_sha256(tokenizer) if tokenizer.is_file() else None,
+        },
+        "text": file_sha256(text) if text.is_file() else None,
+        "recipe": recipe.to_json(),
+        "targets": list(targets),
+        "threads": torch.get_num_threads(),
+        "device": str(source.model.device),
+        "versions": _versions(),
+    }
+
+
+def _weights_sha256(source: SourceModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(source.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().cpu().numpy())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONED}}
+
+
 def _write_manifest(
     folder: Path, solved: Sequence[Solved], targets: Sequence[str], evaluation: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -495,10 +480,7 @@ def _write_manifest(
         "targets": list(targets),
         "recipe": _recipe_of(first),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in VERSIONED},
-        },
+        "versions": _versions(),
         "files": [
             {
                 "path": path.relative_to(folder).as_posix(),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from mgptq_export.calibration import (
     calibration_tokens,
     collect_statistics,
 )
+from mgptq_export.checkpoint import pack_group, unpack_group
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.families import GroupModules
 from mgptq_export.hooks import hooked
+from mgptq_export.journal import FORGETFUL, Journal, Record
 from mgptq_export.layouts import COLUMNS, Allocated, Calibration, Layout
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
@@ -47,12 +50,17 @@ class Quantization:
 
 
 def quantize(
-    source: SourceModel, recipe: Recipe, layout: Layout = COLUMNS, calibration: Calibration | None = None
+    source: SourceModel,
+    recipe: Recipe,
+    layout: Layout = COLUMNS,
+    calibration: Calibration | None = None,
+    journal: Journal = FORGETFUL,
 ) -> Quantization:
     """Quantize a model with MG-PTQ. The weights of ``source`` become the dequantized ones.
 
     Args:
         calibration: of this very model, where it has been calibrated before.
+        journal: what has been done of this before, and where to keep what is done.
 
     Raises:
         BudgetError: the bits cannot be reached.
@@ -62,8 +70,19 @@ def quantize(
     check_budget(source, recipe, layout)
     if calibration is None:
         calibration = calibrate(source, recipe)
-    allocated = layout.allocate(source, calibration, recipe, partial(_attempt, source, calibration, recipe, layout))
-    return Quantization(solve(source, calibration, allocated, recipe, layout), calibration.tokens)
+    numbers = count(1)
+
+    def attempt(allocated: Allocated) -> Trial:
+        trial = journal.once(
+            f"trial-{next(numbers)}", lambda: _attempt(source, calibration, recipe, layout, allocated).to_record()
+        )
+        return Trial.from_record(trial)
+
+    def allocate() -> Record:
+        return layout.allocate(source, calibration, recipe, attempt).to_record()
+
+    allocated = Allocated.from_record(journal.once("allocation", allocate), source.model.device)
+    return Quantization(solve(source, calibration, allocated, recipe, layout, journal=journal), calibration.tokens)
 
 
 def _attempt(
@@ -91,17 +110,25 @@ def _round_up(bits: float) -> float:
     return math.ceil(bits * 100) / 100
 
 
-def calibrate(source: SourceModel, recipe: Recipe) -> Calibration:
+def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL) -> Calibration:
     """Measure the model on calibration text, and put its columns in order of importance.
 
     What can be renumbered in the model itself costs nothing to store: the neurons between gate/up and down, and the
     channels of the residual stream, which all layers share. Beyond that a group's order is a permutation, where the
     layout has room for one.
+
+    Args:
+        journal: what has been done of this before, and where to keep what is done.
     """
-    tokens = calibration_tokens(source, recipe)
+    text = journal.once("text", lambda: Record({"tokens": calibration_tokens(source, recipe).numpy()}))
+    tokens = torch.from_numpy(text.arrays["tokens"])
     generator = torch.Generator().manual_seed(recipe.seed)
     held_out = len(tokens) // HELD_OUT_ONE_IN
-    statistics = collect_statistics(source, tokens[held_out:], recipe.sensitivity_samples, generator)
+
+    def measure() -> Record:
+        return collect_statistics(source, tokens[held_out:], recipe.sensitivity_samples, generator).to_record()
+
+    statistics = ModelStatistics.from_record(journal.once("statistics", measure), source.model.device)
     _renumber_hidden(source, statistics)
     orders = {}
     for name, group in statistics.groups.items():
@@ -150,6 +177,7 @@ def solve(
     layout: Layout = COLUMNS,
     *,
     propagate: bool = True,
+    journal: Journal = FORGETFUL,
 ) -> QuantizedModel:
     """Quantize the weights, layer after layer.
 
@@ -158,6 +186,7 @@ def solve(
     Args:
         propagate: fit each layer to what the quantized layers before it put out. Otherwise to the original's
             activations, whose Hessians are at hand: three times as quick, and a little worse.
+        journal: input groups that have been quantized before, and where to keep those that are now.
     """
     embedding, head = _solve_tables(source, calibration.statistics.head_hessian, recipe, layout)
     groups = []
@@ -165,10 +194,14 @@ def solve(
         flow = _Flow(source, calibration.tokens) if propagate else None
         with track("Quantizing", len(source.layers)) as advance:
             for index in range(len(source.layers)):
-                hessians = flow.hessians(index) if flow else {}
-                for group in source.layer_groups(index):
-                    hessian = hessians[group.name] if flow else calibration.statistics.groups[group.name].hessian
-                    groups.append(_solve_group(group, hessian, allocated, recipe, layout))
+                modules = source.layer_groups(index)
+                # Activations within a layer are those of its weights before any of them is replaced.
+                missing = any(group.name not in journal for group in modules)
+                hessians = flow.hessians(index) if flow and missing else {}
+                for group in modules:
+                    hessian = hessians.get(group.name, calibration.statistics.groups[group.name].hessian)
+                    solving = partial(layout.solve_group, group, hessian, allocated, recipe)
+                    groups.append(_solve_group(group, solving, journal))
                 if flow:
                     flow.advance(index)
                 advance()
@@ -187,7 +220,8 @@ def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> Quantized
     with torch.no_grad():
         for group in source.groups():
             plain = torch.eye(group.columns, device=source.model.device)
-            groups.append(_solve_group(group, plain, allocated, recipe, COLUMNS))
+            solving = partial(COLUMNS.solve_group, group, plain, allocated, recipe)
+            groups.append(_solve_group(group, solving, FORGETFUL))
         identity = torch.eye(source.model.lm_head.in_features, device=source.model.device)
         embedding, head = _solve_tables(source, identity, recipe, COLUMNS)
     return _quantized_model(source, groups, embedding, head)
@@ -207,10 +241,10 @@ def _quantized_model(
     )
 
 
-def _solve_group(
-    group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe, layout: Layout
-) -> InputGroup:
-    solved = layout.solve_group(group, hessian, allocated, recipe)
+def _solve_group(group: GroupModules, solve: Callable[[], InputGroup], journal: Journal) -> InputGroup:
+    """Replace a group's weights by quantized ones, made now or before."""
+    record = journal.once(group.name, lambda: Record(*pack_group(solve())))
+    solved = unpack_group(record.arrays, record.facts)
     for module, linear in zip(group.modules.values(), solved.linears, strict=True):
         _replace_weight(module, linear)
     return solved

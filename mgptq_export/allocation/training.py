@@ -12,6 +12,7 @@ from mgptq_export.allocation.budget import cheapest_within, price_for
 from mgptq_export.allocation.column_graph import ModelGraph, build_graphs
 from mgptq_export.allocation.network import AllocatorNetwork, Correction
 from mgptq_export.allocation.problem import Allocation, AllocationProblem
+from mgptq_export.journal import Record
 from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
 
@@ -37,6 +38,15 @@ class Trial:
 
     divergence: float
     losses: Mapping[str, torch.Tensor]
+
+    def to_record(self) -> Record:
+        """For a journal."""
+        return Record({name: losses.numpy() for name, losses in self.losses.items()}, self.divergence)
+
+    @classmethod
+    def from_record(cls, record: Record) -> "Trial":
+        """What :meth:`to_record` gave."""
+        return cls(record.facts, {name: torch.from_numpy(losses) for name, losses in record.arrays.items()})
 
 
 @dataclass(frozen=True)

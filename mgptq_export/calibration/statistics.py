@@ -9,6 +9,7 @@ from torch import nn
 
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.hooks import hooked
+from mgptq_export.journal import Record
 from mgptq_export.models import SourceModel
 from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
@@ -16,6 +17,7 @@ from mgptq_runtime.progress import track
 __all__ = ["GroupStatistics", "HessianAccumulator", "ModelStatistics", "collect_statistics"]
 
 SEQUENCES_AT_ONCE = 4
+HEAD = "head.hessian"
 
 
 class HessianAccumulator:
@@ -60,6 +62,27 @@ class ModelStatistics:
 
     groups: dict[str, GroupStatistics]
     head_hessian: torch.Tensor
+
+    def to_record(self) -> Record:
+        """For a journal."""
+        arrays = {HEAD: self.head_hessian.cpu().numpy()}
+        for name, group in self.groups.items():
+            arrays[f"{name}.hessian"] = group.hessian.cpu().numpy()
+            arrays |= {f"{linear}.sensitivity": values.cpu().numpy() for linear, values in group.sensitivity.items()}
+        return Record(arrays, {name: list(group.sensitivity) for name, group in self.groups.items()})
+
+    @classmethod
+    def from_record(cls, record: Record, device: torch.device) -> "ModelStatistics":
+        """What :meth:`to_record` gave."""
+
+        def tensor(name: str) -> torch.Tensor:
+            return torch.from_numpy(record.arrays[name]).to(device)
+
+        groups = {}
+        for name, linears in record.facts.items():
+            sensitivity = {linear: tensor(f"{linear}.sensitivity") for linear in linears}
+            groups[name] = GroupStatistics(name, tensor(f"{name}.hessian"), sensitivity)
+        return cls(groups, tensor(HEAD))
 
 
 def collect_statistics(

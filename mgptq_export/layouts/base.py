@@ -16,6 +16,7 @@ from mgptq_export.allocation import (
 )
 from mgptq_export.calibration import ModelStatistics
 from mgptq_export.families import GroupModules
+from mgptq_export.journal import Record
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BudgetError
@@ -52,6 +53,16 @@ class Allocated:
 
     formats: Allocation
     orders: Mapping[str, torch.Tensor]
+
+    def to_record(self) -> Record:
+        """For a journal."""
+        return Record({name: order.cpu().numpy() for name, order in self.orders.items()}, dict(self.formats))
+
+    @classmethod
+    def from_record(cls, record: Record, device: torch.device) -> "Allocated":
+        """What :meth:`to_record` gave."""
+        formats = {name: tuple(blocks) for name, blocks in record.facts.items()}
+        return cls(formats, {name: torch.from_numpy(order).to(device) for name, order in record.arrays.items()})
 
 
 Attempt = Callable[[Allocated], Trial]

@@ -1,9 +1,10 @@
 """Adam on numbers whose sizes differ by orders of magnitude: every one moves by shares of its own size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 __all__ = ["RelativeAdam", "Trained", "cosine"]
@@ -33,6 +34,20 @@ class RelativeAdam:
         self._first = [torch.zeros_like(one.values, requires_grad=False) for one in trained]
         self._second = [torch.zeros_like(one.values, requires_grad=False) for one in trained]
         self._steps = 0
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the next steps depend on: values and moments, by name."""
+        kinds = {"values": [one.values for one in self._trained], "first": self._first, "second": self._second}
+        named = {f"{kind}.{i}": one for kind, tensors in kinds.items() for i, one in enumerate(tensors)}
+        return {name: one.detach().cpu().numpy() for name, one in named.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, np.ndarray], steps: int) -> None:
+        """Be as :meth:`state` was after so many steps."""
+        self._steps = steps
+        for i, (one, first, second) in enumerate(zip(self._trained, self._first, self._second, strict=True)):
+            for kind, tensor in (("values", one.values), ("first", first), ("second", second)):
+                tensor.copy_(torch.from_numpy(state[f"{kind}.{i}"]))
 
     @torch.no_grad()
     def step(self, rate: float) -> None:

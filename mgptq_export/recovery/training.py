@@ -4,10 +4,12 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from mgptq_export.compute import compute_dtype
+from mgptq_export.journal import FORGETFUL, Journal, Record
 from mgptq_export.models import SourceModel, load_quantized_weights
 from mgptq_export.recovery.optimizer import RelativeAdam, cosine
 from mgptq_export.recovery.student import Student, trainable
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_SHARE = 0.05
 CHECKED_BATCHES = 4
+KEPT_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def recover(
     learning_rate: float = 0.005,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    journal: Journal = FORGETFUL,
 ) -> Recovered:
     """Bring a quantized model's predictions closer to the original's.
 
@@ -66,6 +70,7 @@ def recover(
         learning_rate: the largest change of a scale in a step, relative to its size.
         seed: of the order of the text.
         dtype: of matrix products; by default bfloat16 where the machine has it, else float32.
+        journal: steps that have been taken before, and where to keep those that are now.
 
     Returns:
         the trained model and the steps taken; ``quantized`` itself, with a warning, where training did not lower the
@@ -80,13 +85,15 @@ def recover(
     per_step = max(1, batch_tokens // tokens.shape[1])
     with trainable(source, quantized, dtype) as student:
         if minutes is not None:
-            steps = _steps_within(60 * minutes, student, original, tokens[:per_step].to(source.model.device), dtype)
+            seconds, batch = 60 * minutes, tokens[:per_step].to(source.model.device)
+            fitting = partial(_steps_within, seconds, student, original, batch, dtype)
+            steps = journal.once("recovery-steps", lambda: Record(facts=fitting())).facts
         chosen, batches = _draw(len(tokens), steps, per_step, seed)
         tokens = tokens[chosen].to(source.model.device)
         losses = _Losses(student, Teacher(original, tokens, dtype), tokens)
         checked = batches[:CHECKED_BATCHES]
         before = losses.mean(checked)
-        _train(student, losses, batches, learning_rate)
+        _train(student, losses, batches, learning_rate, journal)
         student.round()
         after = losses.mean(checked)
         logger.debug("recovery: KL divergence %.4f before, %.4f after", before, after)
@@ -143,14 +150,24 @@ def _draw(sequences: int, steps: int, per_step: int, seed: int) -> tuple[torch.T
     return chosen, list(places.split(per_step))
 
 
-def _train(student: Student, losses: _Losses, batches: list[torch.Tensor], learning_rate: float) -> None:
+def _train(
+    student: Student, losses: _Losses, batches: list[torch.Tensor], learning_rate: float, journal: Journal
+) -> None:
     optimizer = RelativeAdam(student.trained())
     steps = len(batches)
     warm_up = int(steps * WARM_UP_SHARE)
+    taken = journal.get("recovery")
+    if taken:
+        optimizer.restore(taken.arrays, taken.facts)
     with track("Recovering", steps) as advance:
         for step, batch in enumerate(batches):
+            if taken and step < taken.facts:
+                advance()
+                continue
             loss = losses.on(batch)
             loss.backward()
             optimizer.step(learning_rate * cosine(step, steps, warm_up))
             logger.debug("recovery step %d: KL divergence %.4f", step, loss.item())
+            if (step + 1) % KEPT_EVERY == 0:
+                journal.put("recovery", Record(optimizer.state(), step + 1))
             advance()

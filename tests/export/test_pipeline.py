@@ -148,17 +148,9 @@ def failing(error: Exception) -> Target:
 QUICK = replace(RECIPE, allocator="uniform", samples=1, sequence_length=16, sensitivity_samples=1)
 
 
-@pytest.mark.parametrize("error", [PackageError("broken"), RuntimeError("bug"), KeyboardInterrupt(), SystemExit(143)])
-def test_a_failing_exporter_leaves_nothing_behind(even_model, tmp_path, monkeypatch, error):
-    monkeypatch.setitem(TARGETS, "container", failing(error))
-    with pytest.raises(type(error)):
-        pipeline.run(str(even_model), tmp_path / "out", QUICK, ["container"])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_a_typed_error_and_leaves_nothing_behind(even_model, tmp_path, monkeypatch):
-    monkeypatch.setitem(TARGETS, "container", failing(OSError(28, "No space left on device")))
-    with pytest.raises(BadInputError, match="No space left on device"):
+def test_what_would_fail_again_leaves_nothing_behind(even_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(TARGETS, "container", failing(PackageError("broken")))
+    with pytest.raises(PackageError):
         pipeline.run(str(even_model), tmp_path / "out", QUICK, ["container"])
     assert list(tmp_path.iterdir()) == []
 
@@ -208,7 +200,7 @@ def test_overwrite_replaces_the_whole_package(even_model, copied):
 
 
 @pytest.mark.parametrize("error", [OSError(13, "Permission denied"), KeyboardInterrupt()])
-def test_the_old_package_returns_when_the_new_one_cannot_take_its_place(even_model, copied, monkeypatch, error):
+def test_the_old_package_returns_when_the_new_one_cannot_take_its_place(copied, monkeypatch, error):
     before = contents(copied)
     rename = Path.rename
 
@@ -219,7 +211,7 @@ def test_the_old_package_returns_when_the_new_one_cannot_take_its_place(even_mod
 
     monkeypatch.setattr(Path, "rename", rename_unless_last)
     with pytest.raises((MgptqError, KeyboardInterrupt)):
-        pipeline.run(str(even_model), copied, QUICK, BOTH, export_targets=False, overwrite=True)
+        pipeline.export(copied, ["onnx"])
     assert contents(copied) == before
     assert list(copied.parent.iterdir()) == [copied]
 
@@ -253,7 +245,8 @@ def test_what_appears_meanwhile_is_not_replaced_unasked(even_model, tmp_path, mo
     monkeypatch.setattr(pipeline, "_write_manifest", write_late)
     with pytest.raises(BadInputError, match="failed"):
         pipeline.run(str(even_model), tmp_path / "out", QUICK, BOTH, export_targets=False)
-    assert contents(tmp_path) == {"out/precious": b"x"}
+    assert contents(tmp_path / "out") == {"precious": b"x"}
+    assert not (tmp_path / "out.unfinished/package").exists()
 
 
 def test_an_empty_folder_may_be_filled(even_model, tmp_path):

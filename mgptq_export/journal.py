@@ -1,0 +1,111 @@
+"""What a long job has finished, on disk: one that was stopped goes on from there, and ends with the same bytes."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mgptq_runtime.errors import BadInputError
+
+__all__ = ["FORGETFUL", "Journal", "Record"]
+
+FACTS = "facts"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Attributes:
+    arrays: by name.
+    facts: JSON values.
+    """
+
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    facts: Any = None
+
+
+class Journal:
+    """Records by name. Each is on disk whole or not at all, and has reached the disk when it is said to be there.
+
+    Args:
+        folder: where records lie; None to remember nothing.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    def within(self, name: str) -> "Journal":
+        """A journal of its own for a part of the job."""
+        return Journal(self._folder and self._folder / name)
+
+    def __contains__(self, name: str) -> bool:
+        return self._folder is not None and self._path(name).exists()
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds nothing."""
+        return self._folder is None or not any(self._folder.rglob("*.safetensors"))
+
+    def once(self, name: str, make: Callable[[], Record]) -> Record:
+        """The record of this name; made, and kept, where there is none."""
+        known = self.get(name)
+        if known is not None:
+            return known
+        made = make()
+        self.put(name, made)
+        return made
+
+    def get(self, name: str) -> Record | None:
+        """The record of this name, or None.
+
+        Raises:
+            BadInputError: it cannot be read.
+        """
+        if name not in self:
+            return None
+        path = self._path(name)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                names = file.keys()
+                return Record({name: file.get_tensor(name) for name in names}, json.loads(file.metadata()[FACTS]))
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise BadInputError(f"{path} is damaged ({error}); start anew with --overwrite") from error
+
+    def put(self, name: str, record: Record) -> None:
+        """Keep a record, in the place of one of the same name."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        arrays = {key: np.ascontiguousarray(array) for key, array in record.arrays.items()}
+        partial = self._folder / f".{name}.partial"
+        try:
+            save_file(arrays, partial, metadata={FACTS: json.dumps(record.facts)})
+            _flush(partial, os.O_RDWR)
+            partial.replace(self._path(name))
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        with suppress(PermissionError):  # folders cannot be opened on Windows
+            _flush(self._folder, os.O_RDONLY)
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{name}.safetensors"
+
+
+FORGETFUL = Journal()
+
+
+def _flush(path: Path, access: int) -> None:
+    """Wait until a file, or a folder's list of files, has reached the disk."""
+    descriptor = os.open(path, access)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

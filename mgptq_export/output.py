@@ -1,0 +1,220 @@
+"""Where packages are written: folders that appear whole or not at all, and the work of runs that were stopped."""
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from mgptq_export.journal import Journal, Record
+from mgptq_runtime.errors import BadInputError, MgptqError, OutputExistsError
+from mgptq_runtime.package import MANIFEST_FILE
+
+__all__ = ["MANIFEST_KEYS", "UnfinishedRun", "new_folder", "unfinished_run"]
+
+MANIFEST_KEYS = {"name", "bits", "layouts", "targets", "files"}
+
+
+@dataclass(frozen=True)
+class UnfinishedRun:
+    """A package under way.
+
+    Attributes:
+        folder: becomes the package.
+        journal: what has been finished.
+        resumed: whether the journal is that of a run that was stopped.
+    """
+
+    folder: Path
+    journal: Journal
+    resumed: bool
+    _identity: Journal
+
+    def identify(self, identity: Mapping[str, Any]) -> None:
+        """Say what the journal's records depend on, as JSON values.
+
+        Raises:
+            OutputExistsError: the run that was stopped depended on something else, which is named.
+        """
+        flat = dict(_flat(json.loads(json.dumps(identity))))
+        known = self._identity.get("run")
+        if known is None:
+            self._identity.put("run", Record(facts=flat))
+            return
+        names = sorted(flat.keys() | known.facts.keys())
+        changed = [name for name in names if flat.get(name) != known.facts.get(name)]
+        if changed:
+            lines = [f"{name} was {known.facts.get(name)!r} and is {flat.get(name)!r}" for name in changed]
+            raise OutputExistsError(
+                f"the run that was stopped was another one: {'; '.join(lines)}. Give --resume what it was started "
+                "with, or start anew with --overwrite"
+            )
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _flat(inner, f"{name}.{key}" if name else key)
+
+
+@contextmanager
+def unfinished_run(out: Path, *, overwrite: bool, resume: bool) -> Iterator[UnfinishedRun]:
+    """What becomes ``out`` when the block ends well; when it does not, what its journal holds is kept for a next run.
+
+    That is ``OUT.unfinished``, beside ``out``. It is not kept where there is nothing in it, nor where a run that was
+    not resumed fails by its input: that would fail again.
+
+    Args:
+        overwrite: replace ``out`` in the end, and start anew where a run was stopped.
+        resume: go on where a run was stopped.
+
+    Raises:
+        OutputExistsError: ``out`` exists and may not be replaced; a run that was stopped is there and nothing was said
+            of it; or another process is at work on ``out``.
+        BadInputError: nothing can be written there.
+    """
+    out = _real_path(out)
+    _check_replaceable(out, overwrite)
+    work = out.parent / f"{out.name}.unfinished"
+    with _claimed(work, out):
+        journal = Journal(work / "journal")
+        resumed = resume and not journal.empty
+        if not resumed:
+            _discard(work, journal, overwrite, out)
+        package = work / "package"
+        try:
+            shutil.rmtree(package, ignore_errors=True)
+            package.mkdir()
+            yield UnfinishedRun(package, journal, resumed, Journal(work))
+            _publish(package, out, overwrite)
+        except BaseException as error:
+            failed_by_input = isinstance(error, MgptqError) and not isinstance(error, OutputExistsError)
+            keeps = not journal.empty and (resumed or not failed_by_input)
+            shutil.rmtree(package if keeps else work, ignore_errors=True)
+            if keeps:
+                print(f"what was finished is in {work}; the same command with --resume goes on", file=sys.stderr)
+            if isinstance(error, OSError | SafetensorError):
+                raise BadInputError(f"writing {out} failed: {error}") from error
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _claimed(work: Path, out: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        claim = FileLock(work / "lock").acquire(timeout=0)
+    except Timeout as error:
+        raise OutputExistsError(
+            f"another process is at work on {out}; wait for it, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise BadInputError(f"{out} cannot be written: {error.strerror}") from error
+    with claim:
+        yield
+
+
+def _discard(work: Path, journal: Journal, overwrite: bool, out: Path) -> None:
+    """Make room for a run that starts anew."""
+    if not journal.empty and not overwrite:
+        raise OutputExistsError(
+            f"a run for {out} was stopped, what it finished is in {work}; go on with --resume, or start anew with "
+            "--overwrite"
+        )
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling that becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputExistsError: ``out`` exists and may not be replaced; an old one survives until the new one is complete.
+        BadInputError: nothing can be written there.
+    """
+    out = _real_path(out)
+    _check_replaceable(out, overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise BadInputError(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        partial.chmod(0o755)
+        yield partial
+        _publish(partial, out, overwrite)
+    except (OSError, SafetensorError) as error:
+        raise BadInputError(f"writing {out} failed: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(folder: Path, out: Path, overwrite: bool) -> None:
+    """Let a complete folder take its place."""
+    if overwrite:
+        _check_replaceable(out, overwrite)  # it may have appeared meanwhile
+        _replace_folder(folder, out)
+    else:
+        folder.rename(out)  # fails where something has appeared in the meantime
+
+
+def _real_path(out: Path) -> Path:
+    """``out`` without links and dots, so that it can be renamed."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise BadInputError(f"{out} cannot be written: {error}") from error
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{out} exists; choose another folder, or pass --overwrite to replace it")
+    if out.is_mount():
+        raise OutputExistsError(f"{out} is a mount point, which cannot be replaced; choose a folder inside it")
+    if not _is_ours(out):
+        raise OutputExistsError(f"{out} is not a folder that this program wrote; --overwrite will not replace it")
+
+
+def _is_ours(out: Path) -> bool:
+    if not out.is_dir():
+        return False
+    try:
+        manifest = json.loads((out / MANIFEST_FILE).read_text())
+    except (OSError, ValueError):
+        return not any(out.iterdir())
+    return isinstance(manifest, dict) and manifest.keys() >= MANIFEST_KEYS
+
+
+def _replace_folder(new: Path, out: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    try:
+        out.rename(old / out.name)
+    except BaseException:
+        old.rmdir()
+        raise
+    try:
+        new.rename(out)
+    except BaseException:  # an interrupt, too
+        (old / out.name).rename(out)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,268 @@
+"""A run that was stopped goes on, and ends with the same bytes. The run that nothing stopped is trusted."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import RECIPE
+from tiny_models import text, write_llama
+
+from mgptq_export import pipeline
+from mgptq_export.journal import Journal, Record
+from mgptq_export.output import unfinished_run
+from mgptq_export.recovery import training
+from mgptq_export.targets import TARGETS
+from mgptq_runtime.errors import BadInputError, OutputExistsError
+
+TARGETS_OF_BOTH_LAYOUTS = ["container", "llama.cpp"]
+LONG = replace(RECIPE, trials=3, recovery_steps=4)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    write_llama(folder, hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text())
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "KEPT_EVERY", 1)
+        pipeline.run(str(model), out, replace(LONG, calibration=str(text_file)), TARGETS_OF_BOTH_LAYOUTS)
+    return out
+
+
+class Killed(BaseException):
+    """Nothing that the code could expect."""
+
+
+def stop_after(count: int, patched: pytest.MonkeyPatch) -> list[str]:
+    """Let the process die once so many records are kept; the names of these."""
+    kept: list[str] = []
+    put = Journal.put
+
+    def put_some(self: Journal, name: str, record: Record) -> None:
+        put(self, name, record)
+        if name in self:
+            kept.append(name)
+            if len(kept) == count:
+                raise Killed
+
+    patched.setattr(Journal, "put", put_some)
+    return kept
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_after_every_record_ends_with_the_same_bytes(
+    model, text_file, uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "KEPT_EVERY", 1)
+    recipe = replace(LONG, calibration=str(text_file))
+    starts, names = 0, []
+    while not (tmp_path / "out").exists():
+        starts += 1
+        with monkeypatch.context() as patched:
+            kept = stop_after(2 if starts == 1 else 1, patched)  # the first record is what the run is
+            try:
+                pipeline.run(str(model), tmp_path / "out", recipe, TARGETS_OF_BOTH_LAYOUTS, resume=True)
+            except Killed:
+                names.append(kept[-1])
+    assert contents(tmp_path / "out") == contents(uninterrupted)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    layers = 2
+    of_a_layout = 3 + 1 + 4 * layers + 4 + 1  # trials, allocation, input groups, steps of recovery, the model
+    assert len(names) >= 2 + 2 * (of_a_layout - 2)  # trials end early where a proposal comes again
+    assert {"text", "statistics", "trial-1", "allocation", "blk.1.ffn_down", "recovery", "model"} <= set(names)
+
+
+def test_what_is_finished_is_not_done_again(model, text_file, uninterrupted, tmp_path, monkeypatch):
+    recipe = replace(LONG, calibration=str(text_file))
+    write = TARGETS["container"].write
+
+    def fail(checkpoint, golden, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "KEPT_EVERY", 1)
+    monkeypatch.setitem(TARGETS, "container", replace(TARGETS["container"], write=fail))
+    with pytest.raises(BadInputError, match="No space left on device"):
+        pipeline.run(str(model), tmp_path / "out", recipe, TARGETS_OF_BOTH_LAYOUTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    assert not list(tmp_path.rglob("*.mgptq.gguf")) and not list(tmp_path.rglob("*.partial"))
+    monkeypatch.setitem(TARGETS, "container", replace(TARGETS["container"], write=write))
+    for stage in ("quantize", "recover", "recovery_tokens"):
+        monkeypatch.setattr(pipeline, stage, lambda *_, **__: pytest.fail("done again"))
+    pipeline.run(str(model), tmp_path / "out", recipe, TARGETS_OF_BOTH_LAYOUTS, resume=True)
+    assert contents(tmp_path / "out") == contents(uninterrupted)
+
+
+@pytest.fixture
+def stopped(model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The output of a run that was stopped in the middle."""
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stop_after(5, patched)
+        pipeline.run(str(model), tmp_path / "out", replace(LONG, calibration=str(text_file)), ["container"])
+    return tmp_path / "out"
+
+
+def test_a_stopped_run_is_not_thrown_away_unasked(model, text_file, stopped):
+    before = contents(stopped.parent)
+    recipe = replace(LONG, calibration=str(text_file))
+    with pytest.raises(OutputExistsError, match="go on with --resume, or start anew with --overwrite"):
+        pipeline.run(str(model), stopped, recipe, ["container"])
+    assert contents(stopped.parent) == before
+
+
+def test_overwrite_starts_anew(model, text_file, stopped):
+    recipe = replace(RECIPE, allocator="uniform", calibration=str(text_file))
+    pipeline.run(str(model), stopped, recipe, ["container"], overwrite=True)
+    assert list(stopped.parent.iterdir()) == [stopped]
+    assert pipeline.read_manifest(stopped)["recipe"]["allocator"] == "uniform"
+
+
+def test_a_resumed_run_must_be_the_same_and_the_difference_is_named(model, text_file, stopped, monkeypatch):
+    before = contents(stopped.parent)
+    recipe = replace(LONG, calibration=str(text_file))
+
+    def refused(what: str, model: Path = model, recipe=recipe, targets=("container",)) -> None:
+        with pytest.raises(OutputExistsError, match=what):
+            pipeline.run(str(model), stopped, recipe, list(targets), resume=True)
+        assert contents(stopped.parent) == before
+
+    refused(
+        r"recipe\.bits was 2\.5 and is 2\.75; recipe\.seed was 0 and is 3\.", recipe=replace(recipe, bits=2.75, seed=3)
+    )
+    refused(r"targets was \['container'\] and is \['container', 'onnx'\]", targets=("container", "onnx"))
+    other = model.parent / "other"
+    write_llama(other, hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, seed=5)
+    refused(r"model\.weights was", model=other)
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_versions", lambda: {"torch": "9.9"})
+        refused(r"versions\.torch was '2.* and is '9\.9'")
+    text_file.write_text(text() + " More.")
+    try:
+        refused("text was")
+    finally:
+        text_file.write_text(text())
+
+
+def test_a_wrong_input_costs_a_resumed_run_nothing(model, stopped):
+    before = contents(stopped.parent)
+    with pytest.raises(BadInputError):
+        pipeline.run(str(model / "nowhere"), stopped, LONG, ["container"], resume=True)
+    assert contents(stopped.parent) == before
+
+
+def test_a_damaged_record_is_named(model, text_file, stopped):
+    record = stopped.parent / "out.unfinished/journal/statistics.safetensors"
+    record.write_bytes(record.read_bytes()[:-9])
+    with pytest.raises(BadInputError, match=r"statistics\.safetensors is damaged .* start anew with --overwrite"):
+        pipeline.run(str(model), stopped, replace(LONG, calibration=str(text_file)), ["container"], resume=True)
+
+
+def test_a_second_process_is_refused(tmp_path):
+    out = tmp_path / "out"
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from mgptq_export.output import unfinished_run\n"
+        "from mgptq_runtime.errors import OutputExistsError\n"
+        "try:\n"
+        "    with unfinished_run(Path(sys.argv[1]), overwrite=True, resume=False): pass\n"
+        "except OutputExistsError as error: print(error)\n"
+    )
+    with unfinished_run(out, overwrite=False, resume=False) as first:
+        done = subprocess.run([sys.executable, "-c", script, str(out)], capture_output=True, text=True, timeout=120)
+        assert "another process is at work on" in done.stdout, done.stderr
+        assert first.folder.is_dir()
+    assert out.is_dir() and list(tmp_path.iterdir()) == [out]
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    arrays = {"a": np.arange(6, dtype=np.int64).reshape(2, 3)[:, ::-1], "empty": np.zeros((0, 4), np.float32)}
+    journal = Journal(tmp_path).within("part")
+    assert journal.get("x") is None and journal.empty
+    record = journal.once("x", lambda: Record(arrays, {"steps": [1, 2.5, None]}))
+    found = journal.once("x", lambda: pytest.fail("it is known"))
+    assert record.facts == found.facts
+    assert found.arrays.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert np.array_equal(found.arrays[name], array) and found.arrays[name].dtype == array.dtype
+    assert not journal.empty and "x" in journal and "x" not in Journal(tmp_path)
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    journal = Journal(tmp_path)
+    journal.put("x", Record(facts="old"))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        journal.put("x", Record(facts="new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    assert journal.get("x") == Record({}, "old")
+
+
+def start(model: Path, text_file: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    recipe = ["--samples", "4", "--sequence-length", "64", "--trials", "3", "--recovery-steps", "40", "--threads", "1"]
+    command = [sys.executable, "-m", "mgptq_export", "run", str(model), "-o", str(out), *recipe, *options]
+    command += ["--calibration", str(text_file), "--targets", "container,llama.cpp"]
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.slow
+def test_twenty_kills_and_twenty_resumes(model, text_file, tmp_path):
+    """Each kill strikes a random time after the first record that is new since the last one."""
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    with start(model, text_file, whole) as running:
+        assert running.wait(timeout=600) == 0, running.stderr.read()
+    moments, kills = random.Random(0), 0
+    while kills < 20:
+        before = set(records(out))
+        with start(model, text_file, out, "--resume", *(["--overwrite"] if out.exists() else [])) as running:
+            while running.poll() is None and set(records(out)) <= before:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 0.7))
+            running.send_signal(signal.SIGKILL)
+            running.wait(timeout=60)
+        kills += 1
+        if out.exists():  # it was quicker than the signal
+            assert contents(out) == contents(whole)
+    with start(model, text_file, out, "--resume", *(["--overwrite"] if out.exists() else [])) as running:
+        assert running.wait(timeout=600) == 0, running.stderr.read()
+    assert contents(out) == contents(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def records(out: Path) -> list[tuple[str, int]]:
+    """Names of all records of a run and when each was written."""
+    found = []
+    for path in (out.parent / f"{out.name}.unfinished" / "journal").rglob("*.safetensors"):
+        try:
+            found.append((path.as_posix(), path.stat().st_mtime_ns))
+        except FileNotFoundError:
+            continue  # replaced or removed meanwhile
+    return found
