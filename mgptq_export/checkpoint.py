@@ -151,12 +151,14 @@ def write_checkpoint(
     config: Mapping[str, Any],
     recipe: Mapping[str, Any],
     tokenizer_folder: Path,
+    repairs: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Write ``model`` into ``folder`` (created; must not exist).
 
     Args:
         config: the original model's ``config.json`` as a dictionary.
         recipe: what the quantization was asked for, as JSON values.
+        repairs: what had to be mended, by input group, as JSON values.
         tokenizer_folder: holds the files of :data:`TOKENIZER_FILES`, those that exist are copied.
     """
     folder.mkdir(parents=True)
@@ -167,6 +169,7 @@ def write_checkpoint(
         "name": name,
         "bits_stored": model.bits_stored,
         "recipe": dict(recipe),
+        "repairs": dict(repairs or {}),
         **description,
     }
     full_config: dict[str, Any] = {**config, "quantization_config": quantization_config}

@@ -304,6 +304,24 @@ def inspect(package: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@JSON
+def verify(package: Path, as_json: bool) -> None:
+    """Compare the files of PACKAGE with what its manifest says of them. Exit code 1 where they differ."""
+    from mgptq_export import pipeline
+
+    differences = pipeline.verify(package)
+    if as_json:
+        click.echo(json.dumps({"passed": not differences, "differences": differences}))
+    else:
+        for one in differences:
+            click.echo(f"{one['path']} {one['problem']}")
+        click.echo(f"{len(differences)} differences" if differences else "all files are as the manifest says")
+    if differences:
+        sys.exit(1)
+
+
+@cli.command()
 @click.argument("model")
 @BUDGET
 @click.option("--embedding-format", type=click.Choice(["b4", "b8"]), default=Recipe.embedding_format, show_default=True)
@@ -391,8 +409,23 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
         stored, asked = layout["bits"]["stored"], layout["bits"]["requested"]
         budget = f"asked {asked}" if size is None else f"{asked} fit in {format_size(size)}"
         console.print(f"stored bits per weight, {name} layout: {stored:.4f} ({budget})")
+        if repairs := layout.get("repairs"):
+            console.print(f"  mended, see manifest.json: {', '.join(_mended(repairs))}")
     if manifest.get("evaluation"):
         console.print(_evaluation_table(manifest["evaluation"]))
+
+
+def _mended(repairs: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What had to be mended, in all input groups together."""
+    damped = sum("damping" in group for group in repairs.values())
+    dead = sum(group.get("dead_columns", 0) for group in repairs.values())
+    limited = sum(group.get("scales_at_limit", 0) for group in repairs.values())
+    if damped:
+        yield f"{damped} Hessians needed more damping"
+    if dead:
+        yield f"{dead} columns never had any input"
+    if limited:
+        yield f"{limited} scales are at float16's limits"
 
 
 def _evaluation_table(evaluation: dict[str, Any]) -> Table:

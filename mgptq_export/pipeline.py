@@ -29,7 +29,7 @@ from mgptq_export.layouts import COLUMNS, LAYOUTS, Calibration, Layout
 from mgptq_export.models import SourceModel, load_quantized_weights, load_source
 from mgptq_export.output import MANIFEST_KEYS, new_folder, unfinished_run
 from mgptq_export.planning import bits_for_size
-from mgptq_export.quantize import calibrate, check_budget, quantize
+from mgptq_export.quantize import Repairs, calibrate, check_budget, quantize
 from mgptq_export.recipe import Recipe
 from mgptq_export.recovery import recover
 from mgptq_export.targets import TARGETS, target_named
@@ -50,6 +50,7 @@ __all__ = [
     "run",
     "save_solved",
     "verified_checkpoint",
+    "verify",
     "write_targets",
 ]
 
@@ -241,6 +242,32 @@ def read_manifest(package: Path) -> dict[str, Any]:
     return manifest
 
 
+def verify(package: Path) -> list[dict[str, str]]:
+    """What of a package is not as its manifest says: ``path`` and ``problem`` of every such file.
+
+    Raises:
+        PackageError: there is no manifest.
+    """
+    listed = {file["path"]: file for file in read_manifest(package)["files"]}
+    present = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()} - {MANIFEST_FILE}
+    problems = {path: _problem(package, file) for path, file in listed.items()}
+    problems |= dict.fromkeys(present - listed.keys(), "is not in the manifest")
+    return [{"path": path, "problem": problem} for path, problem in sorted(problems.items()) if problem]
+
+
+def _problem(package: Path, file: dict[str, Any]) -> str:
+    """What is wrong with a file that the manifest lists; empty where nothing is."""
+    path = package / file["path"]
+    if not path.resolve().is_relative_to(package.resolve()):
+        return "lies outside the package"
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != file["bytes"]:
+        return f"has {path.stat().st_size} bytes, the manifest says {file['bytes']}"
+    found = file_sha256(path)
+    return "" if found == file["sha256"] else f"has SHA-256 {found}, the manifest says {file['sha256']}"
+
+
 def verified_checkpoint(package: Path, manifest: dict[str, Any], layout: Layout) -> Checkpoint:
     """A checkpoint of a package, its files being those that the manifest lists.
 
@@ -269,12 +296,9 @@ def _top(file: dict[str, Any]) -> str:
 
 def _verify_files(package: Path, files: list[dict[str, Any]]) -> None:
     for file in files:
-        path = package / file["path"]
-        found = file_sha256(path) if path.is_file() else "none"
-        if found != file["sha256"]:
+        if problem := _problem(package, file):
             raise PackageError(
-                f"{path} has SHA-256 {found}, the manifest says {file['sha256']}; copy the package again, "
-                "or make that part of it again"
+                f"{package / file['path']} {problem}; copy the package again, or make that part of it again"
             )
 
 
@@ -299,7 +323,8 @@ def _quantize_into(
         model = unpack_model(record.arrays, record.facts["model"])
         load_quantized_weights(working, model)
         taken = replace(recipe, recovery_steps=record.facts["recovery_steps"])
-        solved.append(save_solved(folder, layout, model, working, taken, calibration.tokens))
+        repairs = record.facts["repairs"]
+        solved.append(save_solved(folder, layout, model, working, taken, calibration.tokens, repairs))
     return solved
 
 
@@ -312,12 +337,12 @@ def _finished(
     journal: Journal,
 ) -> Record:
     """The quantized and recovered model, for a journal."""
-    model = quantize(working, recipe, layout, calibration, journal).model
+    quantized = quantize(working, recipe, layout, calibration, journal)
     text = recovery_tokens(source, recipe, calibration.tokens) if recipe.recovers else calibration.tokens
     recovered = recover(
         working,
         source,
-        model,
+        quantized.model,
         text,
         steps=recipe.recovery_steps,
         minutes=recipe.recovery_minutes,
@@ -325,11 +350,18 @@ def _finished(
         journal=journal,
     )
     arrays, description = pack_model(recovered.model)
-    return Record(arrays, {"model": description, "recovery_steps": recovered.steps})
+    facts = {"model": description, "recovery_steps": recovered.steps, "repairs": quantized.repairs}
+    return Record(arrays, facts)
 
 
 def save_solved(
-    folder: Path, layout: Layout, model: QuantizedModel, source: SourceModel, recipe: Recipe, tokens: torch.Tensor
+    folder: Path,
+    layout: Layout,
+    model: QuantizedModel,
+    source: SourceModel,
+    recipe: Recipe,
+    tokens: torch.Tensor,
+    repairs: Repairs,
 ) -> Solved:
     """Write a quantized model into a package's folder, for :func:`write_targets` to export.
 
@@ -338,6 +370,7 @@ def save_solved(
         source: holds the weights of ``model``, dequantized.
         recipe: what ``model`` was made by.
         tokens: int64 [samples, sequence], of which golden vectors are made.
+        repairs: what had to be mended, for the manifest.
     """
     checkpoint = write_checkpoint(
         folder / layout.folder,
@@ -345,6 +378,7 @@ def save_solved(
         name=source.name,
         config=source.config,
         recipe=recipe.to_json(),
+        repairs=repairs,
         tokenizer_folder=source.tokenizer_folder,
     )
     golden = make_golden(source.model, tokens)
@@ -424,6 +458,11 @@ def _recipe_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return checkpoint.config["quantization_config"]["recipe"]
 
 
+def _layout_json(solved: Solved) -> dict[str, Any]:
+    repairs = solved.checkpoint.config["quantization_config"].get("repairs", {})
+    return {"folder": solved.layout.folder, "bits": _bits(solved.checkpoint), "repairs": repairs}
+
+
 def _bits(checkpoint: Checkpoint) -> dict[str, Any]:
     model = checkpoint.model
     return {
@@ -476,7 +515,7 @@ def _write_manifest(
         "family": first.model.family,
         "bits": _bits(first),
         "size": {"requested": _recipe_of(first).get("size")},
-        "layouts": {one.layout.name: {"folder": one.layout.folder, "bits": _bits(one.checkpoint)} for one in solved},
+        "layouts": {one.layout.name: _layout_json(one) for one in solved},
         "targets": list(targets),
         "recipe": _recipe_of(first),
         "threads": torch.get_num_threads(),

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,14 +29,19 @@ from mgptq_export.layouts import COLUMNS, Allocated, Calibration, Layout
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BudgetError
-from mgptq_runtime.formats import BLOCK_COLUMNS, padded_columns
+from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, GGML_FORMATS, padded_columns
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel
 
-__all__ = ["Quantization", "calibrate", "check_budget", "quantize", "round_to_nearest", "solve"]
+__all__ = ["Quantization", "Repairs", "calibrate", "check_budget", "quantize", "round_to_nearest", "solve"]
 
 SEQUENCES_AT_ONCE = 4
 HELD_OUT_ONE_IN = 8
+
+
+Repairs = dict[str, dict[str, Any]]
+"""What had to be mended, by input group: ``damping``, where the Hessian needed more than the recipe's; how many
+``dead_columns`` never had any input; how many ``scales_at_limit`` would not fit a float16, or belong to zeros."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,12 @@ class Quantization:
     """Attributes:
     model: the quantized model.
     tokens: the calibration set, int64 [samples, sequence].
+    repairs: see :func:`solve`.
     """
 
     model: QuantizedModel
     tokens: torch.Tensor
+    repairs: Repairs
 
 
 def quantize(
@@ -82,7 +90,9 @@ def quantize(
         return layout.allocate(source, calibration, recipe, attempt).to_record()
 
     allocated = Allocated.from_record(journal.once("allocation", allocate), source.model.device)
-    return Quantization(solve(source, calibration, allocated, recipe, layout, journal=journal), calibration.tokens)
+    repairs: Repairs = {}
+    model = solve(source, calibration, allocated, recipe, layout, journal=journal, repairs=repairs)
+    return Quantization(model, calibration.tokens, repairs)
 
 
 def _attempt(
@@ -178,6 +188,7 @@ def solve(
     *,
     propagate: bool = True,
     journal: Journal = FORGETFUL,
+    repairs: Repairs | None = None,
 ) -> QuantizedModel:
     """Quantize the weights, layer after layer.
 
@@ -187,7 +198,9 @@ def solve(
         propagate: fit each layer to what the quantized layers before it put out. Otherwise to the original's
             activations, whose Hessians are at hand: three times as quick, and a little worse.
         journal: input groups that have been quantized before, and where to keep those that are now.
+        repairs: gets what had to be mended.
     """
+    repairs = {} if repairs is None else repairs
     embedding, head = _solve_tables(source, calibration.statistics.head_hessian, recipe, layout)
     groups = []
     with torch.no_grad():
@@ -200,8 +213,10 @@ def solve(
                 hessians = flow.hessians(index) if flow and missing else {}
                 for group in modules:
                     hessian = hessians.get(group.name, calibration.statistics.groups[group.name].hessian)
-                    solving = partial(layout.solve_group, group, hessian, allocated, recipe)
-                    groups.append(_solve_group(group, solving, journal))
+                    solving = partial(_solve_group, group, hessian, allocated, recipe, layout)
+                    record = journal.once(group.name, solving)
+                    groups.append(_replace_group(group, record))
+                    repairs |= {group.name: record.facts["repairs"]} if record.facts["repairs"] else {}
                 if flow:
                     flow.advance(index)
                 advance()
@@ -220,8 +235,7 @@ def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> Quantized
     with torch.no_grad():
         for group in source.groups():
             plain = torch.eye(group.columns, device=source.model.device)
-            solving = partial(COLUMNS.solve_group, group, plain, allocated, recipe)
-            groups.append(_solve_group(group, solving, FORGETFUL))
+            groups.append(_replace_group(group, _solve_group(group, plain, allocated, recipe, COLUMNS)))
         identity = torch.eye(source.model.lm_head.in_features, device=source.model.device)
         embedding, head = _solve_tables(source, identity, recipe, COLUMNS)
     return _quantized_model(source, groups, embedding, head)
@@ -241,10 +255,36 @@ def _quantized_model(
     )
 
 
-def _solve_group(group: GroupModules, solve: Callable[[], InputGroup], journal: Journal) -> InputGroup:
-    """Replace a group's weights by quantized ones, made now or before."""
-    record = journal.once(group.name, lambda: Record(*pack_group(solve())))
-    solved = unpack_group(record.arrays, record.facts)
+def _solve_group(
+    group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe, layout: Layout
+) -> Record:
+    """A quantized input group and its repairs, for a journal."""
+    solved = layout.solve_group(group, hessian, allocated, recipe)
+    found = {
+        "damping": solved.damping if solved.damping > recipe.damping else 0,
+        "dead_columns": int((hessian.diagonal() <= 0).sum()),
+        "scales_at_limit": sum(map(_scales_at_limit, solved.group.linears)),
+    }
+    arrays, entry = pack_group(solved.group)
+    return Record(arrays, {"group": entry, "repairs": {name: value for name, value in found.items() if value}})
+
+
+def _scales_at_limit(linear: QuantizedLinear) -> int:
+    limits = np.finfo(np.float16)
+    count = 0
+    for segment in linear.segments:
+        if segment.format in FORMATS:
+            scales = FORMATS[segment.format].unpack(segment.data)[1]
+        else:
+            scales = GGML_FORMATS[segment.format].unpack(segment.data)[1].d
+        size = np.abs(scales)
+        count += int(((size >= limits.max) | (size <= limits.smallest_normal)).sum())
+    return count
+
+
+def _replace_group(group: GroupModules, record: Record) -> InputGroup:
+    """Replace a group's weights by quantized ones."""
+    solved = unpack_group(record.arrays, record.facts["group"])
     for module, linear in zip(group.modules.values(), solved.linears, strict=True):
         _replace_weight(module, linear)
     return solved

@@ -167,7 +167,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / row.key.replace("/", "-")
             targets = ["container", "onnx"] if row.recovered and self.packages else ["container"]
-            solved = save_solved(package, COLUMNS, model, self.source, recipe, calibration.tokens)
+            solved = save_solved(package, COLUMNS, model, self.source, recipe, calibration.tokens, {})
             write_targets(package, [solved], targets)
             if row.recovered and self.packages:
                 shutil.copytree(package, self.packages / package.name, dirs_exist_ok=True)

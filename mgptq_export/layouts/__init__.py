@@ -1,10 +1,10 @@
 """Layouts: how quantized weights may lie in files, one file each."""
 
-from mgptq_export.layouts.base import BITS_WINDOW, Allocated, Calibration, Layout, Reach
+from mgptq_export.layouts.base import BITS_WINDOW, Allocated, Calibration, Layout, Reach, SolvedGroup
 from mgptq_export.layouts.columns import ColumnLayout
 from mgptq_export.layouts.tensors import TensorLayout
 
-__all__ = ["BITS_WINDOW", "COLUMNS", "LAYOUTS", "TENSORS", "Allocated", "Calibration", "Layout", "Reach"]
+__all__ = ["BITS_WINDOW", "COLUMNS", "LAYOUTS", "TENSORS", "Allocated", "Calibration", "Layout", "Reach", "SolvedGroup"]
 
 COLUMNS: Layout = ColumnLayout()
 TENSORS: Layout = TensorLayout()

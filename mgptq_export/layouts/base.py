@@ -22,7 +22,17 @@ from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BudgetError
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear
 
-__all__ = ["BITS_WINDOW", "Allocated", "Attempt", "Calibration", "Layout", "Reach", "check_delivered", "decide"]
+__all__ = [
+    "BITS_WINDOW",
+    "Allocated",
+    "Attempt",
+    "Calibration",
+    "Layout",
+    "Reach",
+    "SolvedGroup",
+    "check_delivered",
+    "decide",
+]
 
 BITS_WINDOW = 0.05
 
@@ -63,6 +73,17 @@ class Allocated:
         """What :meth:`to_record` gave."""
         formats = {name: tuple(blocks) for name, blocks in record.facts.items()}
         return cls(formats, {name: torch.from_numpy(order).to(device) for name, order in record.arrays.items()})
+
+
+@dataclass(frozen=True)
+class SolvedGroup:
+    """Attributes:
+    group: the quantized input group.
+    damping: what its Hessian's diagonal got, relative to its mean; the most, where it was factorized more than once.
+    """
+
+    group: InputGroup
+    damping: float
 
 
 Attempt = Callable[[Allocated], Trial]
@@ -125,7 +146,7 @@ class Layout(Protocol):
 
     def solve_group(
         self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe
-    ) -> InputGroup:
+    ) -> SolvedGroup:
         """Quantize an input group on the inputs that made ``hessian``, float32 [columns, columns]."""
         ...
 

@@ -6,7 +6,7 @@ import torch
 
 from mgptq_export.allocation import BlockProblem, LinearProblem
 from mgptq_export.families import GroupModules
-from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, check_delivered, decide
+from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, SolvedGroup, check_delivered, decide
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_export.solver import factorize, pack_linear, solve_blockwise
@@ -78,7 +78,7 @@ class ColumnLayout:
 
     def solve_group(
         self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe
-    ) -> InputGroup:
+    ) -> SolvedGroup:
         """All linears of the group at once, along their common order."""
         order = allocated.orders[group.name]
         factor = factorize(hessian, order, recipe.damping, group.name)
@@ -94,7 +94,7 @@ class ColumnLayout:
             pack_linear(name, solution.values[rows], solution.scales[rows], formats, module.in_features, permutation)
             for (name, module), (rows, formats) in zip(group.modules.items(), spans, strict=True)
         ]
-        return InputGroup(group.name, permutation, tuple(linears))
+        return SolvedGroup(InputGroup(group.name, permutation, tuple(linears)), factor.damping)
 
     def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
         """One format throughout."""

@@ -6,7 +6,7 @@ import torch
 
 from mgptq_export.allocation import FileTensor, TensorProblem
 from mgptq_export.families import GroupModules
-from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, check_delivered, decide
+from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, SolvedGroup, check_delivered, decide
 from mgptq_export.layouts.columns import linear_problems, natural_orders
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
@@ -67,14 +67,14 @@ class TensorLayout:
 
     def solve_group(
         self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe
-    ) -> InputGroup:
+    ) -> SolvedGroup:
         """Every linear on its type's own grid."""
         solver = _TensorsOfOneInput(group.name, hessian, recipe)
         linears = []
         for name, module in group.modules.items():
             (fmt,) = allocated.formats[name]
             linears.append(solver.solve(name, module.weight.detach().float(), fmt))
-        return InputGroup(group.name, None, tuple(linears))
+        return SolvedGroup(InputGroup(group.name, None, tuple(linears)), solver.damping)
 
     def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
         """One type throughout."""
@@ -88,10 +88,14 @@ class _TensorsOfOneInput:
 
     The columns cannot move in the file, but nothing says in which order to solve them. Two orders are tried, and every
     row keeps the better one: most important blocks first, and most important columns first.
+
+    Attributes:
+        damping: the most that any order's factor needed.
     """
 
     def __init__(self, name: str, hessian: torch.Tensor, recipe: Recipe) -> None:
         self._name, self._hessian, self._damping = name, hessian, recipe.damping
+        self.damping = recipe.damping
         self._factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def solve(self, name: str, weight: torch.Tensor, fmt: str) -> QuantizedLinear:
@@ -109,6 +113,7 @@ class _TensorsOfOneInput:
             order = sub_block_order(diagonal, fmt) if width > 1 else diagonal.argsort(descending=True, stable=True)
             factor = factorize(self._hessian, order, self._damping, self._name)
             self._factors[width] = order, factor.upper
+            self.damping = max(self.damping, factor.damping)
         return self._factors[width]
 
 

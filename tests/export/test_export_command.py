@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,15 @@ def test_the_log_goes_to_stderr(main, even_model, tmp_path):
     code, out, _ = main("-v", "quantize", even_model, "-o", tmp_path / "out", *QUICK, "--json")
     assert code == 0
     assert json.loads(out)["targets"] == []
+
+
+def test_verify_passes_or_fails_by_the_files(package, tmp_path):
+    assert invoke_json("verify", package.folder) == {"passed": True, "differences": []}
+    copied = Path(shutil.copytree(package.folder, tmp_path / "copied"))
+    (copied / "quantized/config.json").unlink()
+    result = invoke("verify", copied)
+    assert result.exit_code == 1
+    assert result.stdout == "quantized/config.json is missing\n1 differences\n"
 
 
 def test_errors_that_are_no_users_fault_keep_their_traceback(monkeypatch):

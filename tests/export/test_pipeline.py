@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import EVEN, RECIPE, Package
 from tiny_models import write_llama, write_tokenizer
 from transformers import LlamaForCausalLM
@@ -514,3 +515,46 @@ def test_recovery_brings_every_target_closer_to_the_original(text_file, tmp_path
         results[steps] = {name: row["kl_divergence"] for name, row in manifest["evaluation"]["results"].items()}
     for name in ("checkpoint", "numpy", "onnx_exact", "onnx", "llama.cpp_checkpoint"):
         assert results[30][name] < 0.9 * results[0][name], name
+
+
+# Verify
+
+
+def test_verify_finds_nothing_in_a_package_as_written(package):
+    assert pipeline.verify(package.folder) == []
+
+
+def test_verify_names_every_file_that_differs(copied):
+    container, config = copied / "model.mgptq.gguf", copied / "onnx/genai_config.json"
+    data = bytearray(container.read_bytes())
+    data[len(data) // 2] ^= 1
+    container.write_bytes(data)
+    config.write_text("{}")
+    (copied / "onnx/model.onnx.data").unlink()
+    (copied / "notes.txt").write_text("mine")
+    found = {one["path"]: one["problem"] for one in pipeline.verify(copied)}
+    assert found.keys() == {"model.mgptq.gguf", "onnx/genai_config.json", "onnx/model.onnx.data", "notes.txt"}
+    assert found["model.mgptq.gguf"].startswith("has SHA-256 ")
+    assert found["onnx/genai_config.json"].startswith("has 2 bytes, the manifest says ")
+    assert found["onnx/model.onnx.data"] == "is missing" and found["notes.txt"] == "is not in the manifest"
+
+
+# Numerical trouble
+
+
+def test_what_had_to_be_mended_is_in_the_manifest(tmp_path):
+    model = write_llama(tmp_path / "model", **EVEN)
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.input_layernorm.weight"][:3] = 0
+    tensors["model.layers.0.self_attn.v_proj.weight"][:5] = 0
+    tensors["model.layers.0.mlp.down_proj.weight"][7] = 1e6
+    save_file(tensors, path, metadata={"format": "pt"})
+    manifest = pipeline.run(str(model), tmp_path / "out", QUICK, ["container"])
+    repairs = manifest["layouts"]["columns"]["repairs"]
+    assert repairs["blk.1.attn_qkv"] == {"dead_columns": 3}
+    assert repairs["blk.0.attn_qkv"] == {"scales_at_limit": 5 * 2}
+    assert repairs["blk.0.ffn_down"]["scales_at_limit"] >= 6
+    assert "blk.0.ffn_gate_up" not in repairs
+    again = pipeline.export(tmp_path / "out", ["onnx"])
+    assert again["layouts"] == manifest["layouts"]
