@@ -17,7 +17,7 @@ from mgptq_export.journal import Journal, Record
 from mgptq_runtime.errors import BadInputError, MgptqError, OutputExistsError
 from mgptq_runtime.package import MANIFEST_FILE
 
-__all__ = ["MANIFEST_KEYS", "UnfinishedRun", "new_folder", "unfinished_run"]
+__all__ = ["MANIFEST_KEYS", "UnfinishedRun", "new_folder", "reason", "unfinished_run"]
 
 MANIFEST_KEYS = {"name", "bits", "layouts", "targets", "files"}
 
@@ -97,13 +97,12 @@ def unfinished_run(out: Path, *, overwrite: bool, resume: bool) -> Iterator[Unfi
             yield UnfinishedRun(package, journal, resumed, Journal(work))
             _publish(package, out, overwrite)
         except BaseException as error:
-            failed_by_input = isinstance(error, MgptqError) and not isinstance(error, OutputExistsError)
-            keeps = not journal.empty and (resumed or not failed_by_input)
+            keeps = not journal.empty and (resumed or not _would_fail_again(error))
             shutil.rmtree(package if keeps else work, ignore_errors=True)
             if keeps:
                 print(f"what was finished is in {work}; the same command with --resume goes on", file=sys.stderr)
             if isinstance(error, OSError | SafetensorError):
-                raise BadInputError(f"writing {out} failed: {error}") from error
+                raise BadInputError(f"writing {out} failed: {reason(error)}") from error
             raise
         shutil.rmtree(work, ignore_errors=True)
 
@@ -122,6 +121,11 @@ def _claimed(work: Path, out: Path) -> Iterator[None]:
         raise BadInputError(f"{out} cannot be written: {error.strerror}") from error
     with claim:
         yield
+
+
+def _would_fail_again(error: BaseException) -> bool:
+    by_input = isinstance(error, MgptqError) and not isinstance(error, OutputExistsError)
+    return by_input and not isinstance(error.__cause__, OSError)
 
 
 def _discard(work: Path, journal: Journal, overwrite: bool, out: Path) -> None:
@@ -158,9 +162,16 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         _publish(partial, out, overwrite)
     except (OSError, SafetensorError) as error:
-        raise BadInputError(f"writing {out} failed: {error}") from error
+        raise BadInputError(f"writing {out} failed: {reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be written. NumPy says of a full disk only how many items it wrote."""
+    if isinstance(error, OSError):
+        return error.strerror or f"{error}; No space left on device?"
+    return str(error)
 
 
 def _publish(folder: Path, out: Path, overwrite: bool) -> None:

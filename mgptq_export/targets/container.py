@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGUFWriter
 
 from mgptq_export.checkpoint import Checkpoint
+from mgptq_export.output import reason
 from mgptq_export.targets.gguf_tokenizer import add_chat_template, add_tokenizer
 from mgptq_runtime.container import (
     ARCHITECTURE,
@@ -59,7 +60,7 @@ def write_container(checkpoint: Checkpoint, golden: GoldenVectors, path: Path) -
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise BadInputError(f"{path} cannot be written: {error}") from error
+        raise BadInputError(f"{path} cannot be written: {reason(error)}") from error
     finally:
         writer.close()
         if temporary is not None:

@@ -2,10 +2,12 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,6 +233,84 @@ def start(model: Path, text_file: Path, out: Path, *options: str) -> subprocess.
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_run_says_how_to_go_on(model, text_file, tmp_path, number, code):
+    with start(model, text_file, tmp_path / "out") as running:
+        while running.poll() is None and not records(tmp_path / "out"):
+            time.sleep(0.01)
+        running.send_signal(number)
+        _, err = running.communicate(timeout=60)
+    # Python may end by the signal itself, which a shell reports as the same code.
+    assert code in (running.returncode, 128 - running.returncode), err
+    assert "the same command with --resume goes on" in err and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    assert not (tmp_path / "out.unfinished/package").exists()
+
+
+class SmallDisk:
+    """A file system in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def mount(self, options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)]
+        return shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+    def change(self, options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", str(self.folder)], check=True)
+
+    @property
+    def used(self) -> int:
+        return shutil.disk_usage(self.folder).used
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    disk = SmallDisk(folder)
+    if not disk.mount("size=8M"):
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_old_package_and_costs_nothing_that_was_finished(
+    model, text_file, uninterrupted, small_disk
+):
+    """Wherever it gets full: in a record, in the checkpoint, in the container."""
+    out = small_disk.folder / "out"
+    old = replace(RECIPE, allocator="uniform", calibration=str(text_file))
+    pipeline.run(str(model), out, old, ["container"])
+    before, recipe = contents(out), replace(LONG, calibration=str(text_file))
+    filled, failures = small_disk.used, 0
+    for room in range(100_000, 8_000_000, 300_000):
+        small_disk.change(f"size={filled + room}")
+        try:
+            pipeline.run(str(model), out, recipe, TARGETS_OF_BOTH_LAYOUTS, overwrite=True, resume=True)
+            break
+        except BadInputError as error:
+            failures += 1
+            assert "No space left on device" in str(error)
+            assert contents(out) == before
+            left = contents(small_disk.folder)
+            finished = [name for name in left if name.startswith("out.unfinished/") and name.endswith(".safetensors")]
+            assert left.keys() - {f"out/{name}" for name in before} - {"out.unfinished/lock"} == set(finished)
+    assert failures > 3
+    assert contents(small_disk.folder) == {f"out/{name}": data for name, data in contents(uninterrupted).items()}
+
+
+def test_a_folder_that_cannot_be_written_is_named(model, text_file, small_disk):
+    small_disk.change("ro")
+    recipe = replace(RECIPE, calibration=str(text_file))
+    with pytest.raises(BadInputError, match="out cannot be written: Read-only file system"):
+        pipeline.run(str(model), small_disk.folder / "out", recipe, ["container"])
 
 
 @pytest.mark.slow

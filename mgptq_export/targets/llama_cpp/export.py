@@ -10,6 +10,7 @@ from gguf import GGUFWriter
 from transformers import AutoConfig
 
 from mgptq_export.checkpoint import Checkpoint
+from mgptq_export.output import reason
 from mgptq_export.targets.gguf_tokenizer import add_tokenizer
 from mgptq_export.targets.llama_cpp.config import check_llama_cpp_config
 from mgptq_export.targets.llama_cpp.metadata import add_metadata
@@ -59,7 +60,7 @@ def write_llama_cpp(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path)
             write_golden(package / GOLDEN, golden)
             package.rename(folder)
     except OSError as error:
-        raise BadInputError(f"{folder} cannot be written: {error}") from error
+        raise BadInputError(f"{folder} cannot be written: {reason(error)}") from error
     finally:
         writer.close()
 
