@@ -277,6 +277,7 @@ def test_exit_codes_of_the_real_process(tmp_path):
         assert (wrong.returncode, out) == (2, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupted_run_leaves_nothing_behind(even_model, tmp_path, number, code):
     """Interrupted once its temporary folder is there; sampling this much text would take hours."""

@@ -492,6 +492,7 @@ def biased_model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_biases_go_with_the_model_everywhere(biased_model, text_file, tmp_path):
     text = pipeline.EvaluationText(text_file, window=64, windows=1000)
     ran = pipeline.run(str(biased_model), tmp_path / "out", replace(QUICK, bits=4.5), BOTH, text=text)["evaluation"]
@@ -502,6 +503,7 @@ def test_biases_go_with_the_model_everywhere(biased_model, text_file, tmp_path):
     assert ran["windows"] * text.window == 2 * results["original"]["tokens"]
 
 
+@pytest.mark.slow
 def test_recovery_brings_every_target_closer_to_the_original(text_file, tmp_path):
     model = tiny_models.write_llama(tmp_path / "model", **EVEN, initializer_range=0.15)
     text = pipeline.EvaluationText(text_file, window=64, windows=6)

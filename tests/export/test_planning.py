@@ -34,7 +34,10 @@ SEGMENT_BYTES = 96
 HEADER_BYTES = 400
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+SLOW_FAMILIES = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2", "qwen3", "gemma3", "phi3")]
+
+
+@pytest.fixture(scope="module", params=["llama", *SLOW_FAMILIES])
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Package:
     """A package of a family with all targets. Tests only read it."""
     folder = tmp_path_factory.mktemp("planned")

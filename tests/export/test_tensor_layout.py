@@ -47,8 +47,8 @@ def test_rows_that_no_type_holds_are_refused(tmp_path: Path) -> None:
         TENSORS.reach(source, Recipe())
 
 
-@pytest.mark.parametrize("allocator", ["hessian", "uniform", "gnn"])
-@pytest.mark.parametrize("bits", [2.25, 3.0, 4.5, 8.5])
+@pytest.mark.parametrize("allocator", ["hessian", "uniform", pytest.param("gnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [2.25, 3.0, pytest.param(4.5, marks=pytest.mark.slow), 8.5])
 def test_the_budget_is_met_by_the_bytes_themselves(tmp_path: Path, allocator: str, bits: float) -> None:
     source = load_source(str(tiny_models.write_llama(tmp_path, **WIDE, num_hidden_layers=3)))
     model = quantize(source, replace(RECIPE, allocator=allocator, bits=bits), TENSORS).model
