@@ -1,5 +1,6 @@
 """The proof on the device: replay the golden vectors and compare."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -88,14 +89,15 @@ def read_bounds(values: Mapping[str, Any]) -> Bounds:
     """Bounds from a manifest.
 
     Raises:
-        PackageError: an unknown name, or a value that is not a number of 0 or more.
+        PackageError: an unknown name, or a value that is not a finite number of 0 or more.
     """
     known = [f.name for f in fields(Bounds)]
     for key, value in values.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key not in known or not (value is None or (is_number and value >= 0)):
+        if key not in known or not (value is None or (is_number and 0 <= value <= sys.float_info.max)):
             raise PackageError(
-                f"manifest.json: check bound {key!r} is {value!r}; known are {', '.join(known)}, each a number or null"
+                f"manifest.json: check bound {key!r} is {value!r}; known are {', '.join(known)}, each a number of 0 "
+                "or more or null; export the package again"
             )
     return Bounds(**values)
 
@@ -183,6 +185,7 @@ def _failures(bounds: Bounds, found: Mapping[str, float | None]) -> tuple[str, .
     return tuple(failures)
 
 
+@np.errstate(all="ignore")
 def check_backend(
     backend: Backend, golden: GoldenVectors, bounds: Bounds, advance: Advance = no_progress
 ) -> CheckResult:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
 __all__ = ["cli", "main"]
 
 
+MAX_MESSAGE = 4000
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _printable(text: str) -> str:
+    """Text of a stranger without what a terminal would obey: control characters but tabs and line ends are escaped."""
+    return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def _message(error: Exception) -> str:
+    """An error's text, its middle left out where a stranger's file made it endless."""
+    text = str(error)
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 2 :]}"
+    return _printable(text)
+
+
 class ErrorReportingGroup(click.Group):
     """Turns the typed errors into one message and exit code 1."""
 
@@ -27,11 +45,16 @@ class ErrorReportingGroup(click.Group):
         try:
             return super().invoke(ctx)
         except MgptqError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(_message(error)) from error
+        except MemoryError as error:
+            raise click.ClickException(
+                f"this machine has too little memory for that ({_message(error) or 'no details'}); "
+                "free some, use a shorter text, or run a smaller model"
+            ) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(_message(error)) from error
 
 
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -179,7 +202,7 @@ def generate(
         )
         return
     for piece in tokenizer.decode_stream(tokens):
-        click.echo(piece, nl=False)
+        click.echo(_printable(piece) if sys.stdout.isatty() else piece, nl=False)
     click.echo()
 
 
@@ -269,9 +292,9 @@ def info(package: Path, as_json: bool) -> None:
     for key, value in facts.items():
         if key == "files":
             for entry in value:
-                click.echo(f"{entry['bytes']:>14,} bytes  {entry['path']}")
+                click.echo(f"{entry['bytes']:>14,} bytes  {_printable(entry['path'])}")
         else:
-            click.echo(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+            click.echo(f"{key}: {_printable(value) if isinstance(value, str) else json.dumps(value)}")
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ model must meet is checked before a weight is used.
 
 import hashlib
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,11 +16,12 @@ import numpy as np
 from mgptq_runtime.errors import ContainerError, UnsupportedModelError
 from mgptq_runtime.families import FAMILIES, make_family
 from mgptq_runtime.families.layout import GroupShape, Layout, LinearShape
+from mgptq_runtime.files import Buffer
 from mgptq_runtime.formats import FORMATS, padded_columns
-from mgptq_runtime.gguf_file import GGUFFile, read_gguf
+from mgptq_runtime.gguf_file import WAY_OUT, GGUFFile, map_gguf, parse_gguf
 from mgptq_runtime.golden import GoldenVectors, validate_golden
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment, permutation_dtype
-from mgptq_runtime.strict_json import parse_json_object
+from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 from mgptq_runtime.tokenizer import TokenizerData
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Container",
     "content_sha256",
     "decode_container",
+    "parse_container",
     "read_container",
     "segment_name",
     "signature_offset",
@@ -41,6 +42,7 @@ ARCHITECTURE = "mgptq"
 FORMAT_VERSION = 1
 SHA256_KEY = "mgptq.sha256"
 UNSIGNED = "0" * 64
+OTHER_VERSION = "use the version of mgptq-runtime that goes with it, or export it again"
 KNOWN_KEYS = frozenset(
     f"mgptq.{key}"
     for key in (
@@ -86,7 +88,7 @@ def segment_name(linear: str, index: int, fmt: str) -> str:
     return f"{linear}.segment.{index}.{fmt}"
 
 
-def content_sha256(buffer: bytes | mmap.mmap, offset: int) -> str:
+def content_sha256(buffer: Buffer, offset: int) -> str:
     """SHA-256 of a container in which the 64 characters at ``offset`` count as zeros ("0"), in hexadecimal."""
     view = memoryview(buffer)
     digest = hashlib.sha256(view[:offset])
@@ -103,7 +105,9 @@ def signature_offset(file: GGUFFile) -> int:
     """
     value = file.metadata.get(SHA256_KEY)
     if value is None or value.type != "string" or len(value.value) != len(UNSIGNED):
-        raise ContainerError(f"{file.path}: key {SHA256_KEY!r} must be there, a string of {len(UNSIGNED)} characters")
+        raise ContainerError(
+            f"{file.path}: key {SHA256_KEY!r} must be there, a string of {len(UNSIGNED)} characters; {WAY_OUT}"
+        )
     return value.offset + 8
 
 
@@ -114,8 +118,8 @@ class _Reader:
         self.file = file
         self.unused = dict.fromkeys(file.tensors)
 
-    def fail(self, message: str) -> NoReturn:
-        raise ContainerError(f"{self.file.path}: {message}")
+    def fail(self, message: str, way_out: str = WAY_OUT) -> NoReturn:
+        raise ContainerError(f"{self.file.path}: {message}; {way_out}")
 
     def value(self, key: str, value_type: str) -> Any:
         found = self.file.metadata.get(key)
@@ -131,7 +135,7 @@ class _Reader:
     def json(self, key: str) -> dict[str, Any]:
         text = self.value(key, "string")
         try:
-            return parse_json_object(text)
+            return parse_json_object(text, MAX_JSON_BYTES)
         except ValueError as error:
             self.fail(f"at byte {self.file.metadata[key].offset}: key {key!r} is not a JSON object: {error}")
 
@@ -154,10 +158,10 @@ class _Reader:
 def _check_version(reader: _Reader) -> None:
     version = reader.value("mgptq.format_version", "uint32")
     if version != FORMAT_VERSION:
-        reader.fail(f"mgptq.format_version is {version}, this program reads {FORMAT_VERSION}")
+        reader.fail(f"mgptq.format_version is {version}, this program reads {FORMAT_VERSION}", OTHER_VERSION)
     for key in reader.file.metadata:
         if key.startswith("mgptq.") and key not in KNOWN_KEYS:
-            reader.fail(f"key {key!r} is not known in format version {FORMAT_VERSION}")
+            reader.fail(f"key {key!r} is not known in format version {FORMAT_VERSION}", OTHER_VERSION)
 
 
 def _read_hyperparameters(reader: _Reader, family: str) -> dict[str, Any]:
@@ -316,14 +320,27 @@ def decode_container(file: GGUFFile) -> Container:
 
 
 def read_container(path: Path) -> Container:
-    """Read and validate a container file.
+    """Read and validate a container file: see :func:`parse_container`.
 
     Raises:
-        ContainerError: the file cannot be read or breaks a rule of FORMAT.md; the text names the byte offset, the
-            key or the tensor, what was found and what is allowed.
+        ContainerError: the file cannot be read.
+    """
+    return parse_container(path, map_gguf(path))
+
+
+def parse_container(path: Path, buffer: Buffer) -> Container:
+    """Validate a container, its content hash included.
+
+    Args:
+        path: what error messages call the file.
+        buffer: the whole file; the model's weights are views of it.
+
+    Raises:
+        ContainerError: the file breaks a rule of FORMAT.md; the text names the byte offset, the key or the tensor,
+            what was found and what is allowed.
         UnsupportedModelError: a family that this version does not know.
     """
-    file = read_gguf(path, ARCHITECTURE)
+    file = parse_gguf(path, buffer, ARCHITECTURE)
     _check_version(_Reader(file))
     offset = signature_offset(file)
     actual = content_sha256(file.buffer, offset)

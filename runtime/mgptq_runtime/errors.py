@@ -1,4 +1,10 @@
-"""The closed set of errors. Every one carries what was found, what is allowed and the way out."""
+"""The closed set of errors. Every one carries what was found, what is allowed and the way out.
+
+Whatever a file holds, reading it raises one of these and nothing else; the commands print its text, one message on
+standard error, and exit with 1. Strangers' files lead to five of them: ContainerError and PackageError, the file is to
+be copied or exported again; UnsupportedModelError, another version of this program may run it; CheckError, it holds
+nothing to check; NumericalError, it is sound, and its model computes NaN or infinity.
+"""
 
 __all__ = [
     "BadInputError",
@@ -19,11 +25,11 @@ class MgptqError(Exception):
 
 
 class BadInputError(MgptqError):
-    """A path, an option or a text that cannot be used."""
+    """A path, an option or a text that cannot be used: what the user gave, not what a package holds."""
 
 
 class UnsupportedModelError(MgptqError):
-    """A model family, or a part of a model, that is not supported."""
+    """A model family, or a part of a model, that this version does not know."""
 
 
 class BudgetError(MgptqError):
@@ -43,11 +49,11 @@ class OutputExistsError(MgptqError):
 
 
 class ContainerError(MgptqError):
-    """A container file that breaks its specification (FORMAT.md)."""
+    """A container file that cannot be read or breaks its specification (FORMAT.md)."""
 
 
 class PackageError(MgptqError):
-    """A package whose files are missing, changed or inconsistent."""
+    """A package whose files are missing, changed, broken or inconsistent: manifest, ONNX model, tokenizer and all."""
 
 
 class CheckError(MgptqError):

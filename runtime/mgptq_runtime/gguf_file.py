@@ -1,12 +1,11 @@
 """The syntax of a GGUF v3 file: metadata and tensor table, validated before anything is used.
 
 Only what the container needs (FORMAT.md) is accepted: little endian, alignment 32, flat arrays, tensors of
-types I8, I16, I32 and F32 that lie one after the other without gaps. The file is mapped, not read; nothing is
-allocated that the file's size does not justify.
+types I8, I16, I32 and F32 that lie one after the other without gaps. The file is mapped, not read, from one
+descriptor: a file put in its place later is never used. Nothing is allocated that the file's size does not justify.
 """
 
 import math
-import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mgptq_runtime.errors import ContainerError
+from mgptq_runtime.files import Buffer, map_whole, open_regular
 
-__all__ = ["ALIGNMENT", "GGUFFile", "MetadataValue", "TensorInfo", "read_gguf"]
+__all__ = ["ALIGNMENT", "WAY_OUT", "GGUFFile", "MetadataValue", "TensorInfo", "map_gguf", "parse_gguf", "read_gguf"]
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -27,9 +27,12 @@ MAX_METADATA_KEYS = 4096
 MAX_TENSORS = 1 << 16
 MAX_KEY_BYTES = 256
 MAX_TENSOR_NAME_BYTES = 63
-MAX_STRING_BYTES = 1 << 26
+# Python holds text with one wide character in four times its bytes.
+MAX_TEXT_BYTES = 40 << 20
 MAX_ARRAY_STRINGS = 1 << 20
 MAX_DIMENSIONS = 4
+
+WAY_OUT = "copy the file again, or export it again"
 
 INTEGERS = {"I": struct.Struct("<I"), "Q": struct.Struct("<Q")}
 STRING, ARRAY = 8, 9
@@ -100,13 +103,13 @@ class GGUFFile:
 
     Attributes:
         path: where it lies.
-        buffer: the whole file, mapped read-only.
+        buffer: the whole file, read-only.
         metadata: values by key, in the file's order.
         tensors: table entries by name, in the file's order.
     """
 
     path: Path
-    buffer: mmap.mmap
+    buffer: Buffer
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, TensorInfo]
 
@@ -120,15 +123,17 @@ class GGUFFile:
 class _Cursor:
     """Reads forward through the file and never past its end."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap) -> None:
+    def __init__(self, path: Path, buffer: Buffer) -> None:
         self.path = path
         self.buffer = buffer
         self.size = len(buffer)
         self.offset = 0
         self.array_strings = 0
+        self.text_bytes = 0
 
-    def fail(self, message: str, offset: int | None = None) -> NoReturn:
-        raise ContainerError(f"{self.path}: at byte {self.offset if offset is None else offset}: {message}")
+    def fail(self, message: str, offset: int | None = None, way_out: str = WAY_OUT) -> NoReturn:
+        place = self.offset if offset is None else offset
+        raise ContainerError(f"{self.path}: at byte {place}: {message}; {way_out}")
 
     def need(self, count: int, what: str) -> None:
         if count > self.size - self.offset:
@@ -141,12 +146,15 @@ class _Cursor:
         self.offset += layout.size
         return value
 
-    def string(self, what: str, limit: int) -> str:
+    def string(self, what: str, limit: int = MAX_TEXT_BYTES) -> str:
         start = self.offset
         length = self.unpack("Q", what)
         if length > limit:
             self.fail(f"{what} has {length} bytes, at most {limit} are allowed", start)
         self.need(length, what)
+        self.text_bytes += length
+        if self.text_bytes > MAX_TEXT_BYTES:
+            self.fail(f"{what}: {self.text_bytes} bytes of text so far, at most {MAX_TEXT_BYTES} are allowed", start)
         raw = self.buffer[self.offset : self.offset + length]
         self.offset += length
         try:
@@ -171,7 +179,7 @@ class _Cursor:
         if self.array_strings > MAX_ARRAY_STRINGS:
             self.fail(f"{what}: {self.array_strings} strings in arrays, at most {MAX_ARRAY_STRINGS} are allowed")
         entry = f"an entry of {what}"
-        return [self.string(entry, MAX_STRING_BYTES) for _ in range(count)]
+        return [self.string(entry) for _ in range(count)]
 
 
 def _value_type_name(cursor: _Cursor, value_type: int, what: str) -> str:
@@ -196,7 +204,7 @@ def _read_value(cursor: _Cursor, key: str) -> MetadataValue:
         return MetadataValue(f"array of {name}", values, offset)
     name = _value_type_name(cursor, value_type, what)
     if value_type == STRING:
-        return MetadataValue(name, cursor.string(what, MAX_STRING_BYTES), offset)
+        return MetadataValue(name, cursor.string(what), offset)
     return MetadataValue(name, cursor.scalars(value_type, 1, what)[0].item(), offset)
 
 
@@ -281,40 +289,64 @@ def _place_tensors(cursor: _Cursor, table: list[tuple[TensorInfo, int]]) -> dict
     return tensors
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def map_gguf(path: Path) -> Buffer:
+    """Map a file.
+
+    Raises:
+        ContainerError: there is no regular file, or it cannot be read.
+    """
     if not path.is_file():
         raise ContainerError(f"{path} is not a file; a container is one .gguf file")
     try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError as error:
-        raise ContainerError(f"{path}: the file is empty; a container starts with the bytes 'GGUF'") from error
+        with open_regular(path) as stream:
+            return map_whole(stream)
     except OSError as error:
         raise ContainerError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _describe(found: MetadataValue | None) -> str:
+    if found is None:
+        return "missing"
+    return f"an {found.type}" if found.type.startswith("array") else repr(found.value)
 
 
 def _check_architecture(cursor: _Cursor, metadata: Mapping[str, MetadataValue], architecture: str) -> None:
     """Before the tensors, so that a sound GGUF file of another kind gets this answer."""
     found = metadata.get("general.architecture")
-    if found is None or found.value != architecture:
+    if found is None or found.type != "string" or found.value != architecture:
         cursor.fail(
-            f"general.architecture is {'missing' if found is None else repr(found.value)}; only {architecture!r} "
-            "containers run here, made with: mgptq-export run MODEL -o OUT",
+            f"general.architecture is {_describe(found)}; only {architecture!r} containers run here",
             None if found is None else found.offset,
+            "make one with: mgptq-export run MODEL -o OUT",
+        )
+
+
+def _check_alignment(cursor: _Cursor, metadata: Mapping[str, MetadataValue]) -> None:
+    found = metadata.get("general.alignment")
+    if found is not None and (found.type != "uint32" or found.value != ALIGNMENT):
+        cursor.fail(
+            f"general.alignment is {_describe(found)} ({found.type}), a container has {ALIGNMENT} (uint32)",
+            found.offset,
         )
 
 
 def read_gguf(path: Path, architecture: str) -> GGUFFile:
-    """Map a file and validate its syntax.
+    """Map a file and validate its syntax: :func:`map_gguf`, then :func:`parse_gguf`."""
+    return parse_gguf(path, map_gguf(path), architecture)
+
+
+def parse_gguf(path: Path, buffer: Buffer, architecture: str) -> GGUFFile:
+    """Validate a file's syntax.
 
     Args:
+        path: what error messages call the file.
+        buffer: the whole file.
         architecture: what ``general.architecture`` must say.
 
     Raises:
-        ContainerError: the file cannot be read, or breaks a rule of FORMAT.md, section "File"; the text names
-            the byte offset, what was found and what is allowed.
+        ContainerError: the file breaks a rule of FORMAT.md, section "File"; the text names the byte offset, what was
+            found and what is allowed.
     """
-    buffer = _map_file(path)
     cursor = _Cursor(path, buffer)
     if buffer[:4] != MAGIC:
         cursor.fail(f"found {buffer[:4]!r}, a container starts with {MAGIC!r}")
@@ -332,8 +364,6 @@ def read_gguf(path: Path, architecture: str) -> GGUFFile:
         cursor.fail(f"{key_count} metadata keys, at most {MAX_METADATA_KEYS} are allowed", 16)
     metadata = _read_metadata(cursor, key_count)
     _check_architecture(cursor, metadata, architecture)
-    alignment = metadata.get("general.alignment")
-    if alignment is not None and alignment.value != ALIGNMENT:
-        cursor.fail(f"general.alignment is {alignment.value}, a container has {ALIGNMENT}", alignment.offset)
+    _check_alignment(cursor, metadata)
     tensors = _place_tensors(cursor, _read_tensor_table(cursor, tensor_count))
     return GGUFFile(path, buffer, metadata, tensors)

@@ -5,22 +5,27 @@
       model.mgptq.gguf    the container: NumPy backend
       onnx/               the ONNX package: ONNX Runtime backend
 
-A file is used only after its size and hash were found to be what the manifest says.
+A file is used only after its size and hash were found to be what the manifest says. What was hashed is what is used:
+small files are read once, the container is mapped once; see :mod:`mgptq_runtime.backends.onnx_backend` for the ONNX
+package.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mgptq_runtime.backends import Backend
 from mgptq_runtime.check import DEFAULT_BOUNDS, Bounds, bounds_key, read_bounds
-from mgptq_runtime.container import Container, read_container
+from mgptq_runtime.container import Container, parse_container, read_container
 from mgptq_runtime.errors import BadInputError, CheckError, PackageError
-from mgptq_runtime.golden import GoldenVectors, read_golden, validate_golden
-from mgptq_runtime.strict_json import parse_json_object
+from mgptq_runtime.files import Buffer, compare_sha256, map_whole, open_in_folder
+from mgptq_runtime.golden import GoldenVectors, parse_golden, validate_golden
+from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 from mgptq_runtime.tokenizer import TextTokenizer, TokenizerData
 
 __all__ = [
@@ -42,7 +47,8 @@ MANIFEST_VERSION = 1
 CONTAINER_FILE = "model.mgptq.gguf"
 ONNX_FOLDER = "onnx"
 GOLDEN_FILE = "onnx/golden.npz"
-MAX_MANIFEST_BYTES = 1 << 24
+MAX_TEXT_BYTES = 40 << 20
+WAY_OUT = "export the package again"
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,16 @@ class Manifest:
 
 def _read_file_entry(entry: Any) -> FileEntry:
     if not isinstance(entry, dict):
-        raise PackageError(f"{MANIFEST_FILE}: an entry of files is {entry!r}, it must be an object")
+        raise PackageError(f"{MANIFEST_FILE}: an entry of files is {entry!r}, it must be an object; {WAY_OUT}")
     path, size, sha256 = entry.get("path"), entry.get("bytes"), entry.get("sha256")
     if not (isinstance(path, str) and type(size) is int and size >= 0 and isinstance(sha256, str)):
-        raise PackageError(f"{MANIFEST_FILE}: the file entry {entry!r} needs path, bytes and sha256")
+        raise PackageError(f"{MANIFEST_FILE}: the file entry {entry!r} needs path, bytes and sha256; {WAY_OUT}")
     pure = PurePosixPath(path)
     is_inside = pure.parts and not pure.is_absolute() and ".." not in pure.parts
     if not is_inside or "\\" in path or "\0" in path or str(pure) != path:
-        raise PackageError(f"{MANIFEST_FILE}: file path {path!r} must be relative, inside the package, without '..'")
+        raise PackageError(
+            f"{MANIFEST_FILE}: file path {path!r} must be relative, inside the package, without '..'; {WAY_OUT}"
+        )
     return FileEntry(path, size, sha256)
 
 
@@ -87,30 +95,32 @@ def _read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise PackageError(f"{folder} has no {MANIFEST_FILE}; give the exported folder or a .gguf container")
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise PackageError(f"{path} has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
-        values = parse_json_object(path.read_bytes())
-    except (OSError, ValueError) as error:
+        with open_in_folder(folder, MANIFEST_FILE) as stream:
+            values = parse_json_object(stream.read(MAX_JSON_BYTES + 1), MAX_JSON_BYTES)
+    except ValueError as error:
         raise PackageError(f"{path} cannot be read: {error}; export the package again") from error
     if values.get("format_version") != MANIFEST_VERSION:
         raise PackageError(
-            f"{path}: format_version is {values.get('format_version')!r}, this program reads {MANIFEST_VERSION}"
+            f"{path}: format_version is {values.get('format_version')!r}, this program reads {MANIFEST_VERSION}; "
+            "use the version of mgptq-runtime that goes with it, or export it again"
         )
     name, files, check = values.get("name"), values.get("files"), values.get("check", {})
     bounds = check.get("bounds", {}) if isinstance(check, dict) else None
     if not isinstance(name, str) or not isinstance(files, list) or not isinstance(bounds, dict):
-        raise PackageError(f"{path} needs a name, a list of files, and objects check and check.bounds if any")
+        raise PackageError(
+            f"{path} needs a name, a list of files, and objects check and check.bounds if any; {WAY_OUT}"
+        )
     entries = [_read_file_entry(entry) for entry in files]
     by_path = {entry.path: entry for entry in entries}
     if len(by_path) != len(entries):
-        raise PackageError(f"{path} lists a file twice")
+        raise PackageError(f"{path} lists a file twice; {WAY_OUT}")
     return Manifest(name, by_path, {key: _read_bounds(path, key, value) for key, value in bounds.items()}, values)
 
 
 def _read_bounds(path: Path, key: str, value: Any) -> Bounds:
     if key not in DEFAULT_BOUNDS or not isinstance(value, dict):
         known = ", ".join(DEFAULT_BOUNDS)
-        raise PackageError(f"{path}: check.bounds.{key} is not known or no object; known are {known}")
+        raise PackageError(f"{path}: check.bounds.{key} is not known or no object; known are {known}; {WAY_OUT}")
     return read_bounds(value)
 
 
@@ -124,36 +134,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _verify_file(folder: Path, entry: FileEntry) -> Path:
-    path = folder / entry.path
+def _decode(path: Path, data: bytes) -> str:
     try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise PackageError(f"{path} is a link out of the package, to {path.resolve()}; copy the file itself")
-        if not path.is_file():
-            raise PackageError(f"{path} is missing, the manifest lists it; copy or export the package again")
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise PackageError(f"{path} has {size} bytes, the manifest says {entry.bytes}; copy or export it again")
-        actual = file_sha256(path)
-    except (OSError, RuntimeError) as error:
-        raise PackageError(f"{path} cannot be read: {error}") from error
-    if actual != entry.sha256:
-        raise PackageError(f"{path} has SHA-256 {actual}, the manifest says {entry.sha256}; copy or export it again")
-    return path
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PackageError(f"{path} cannot be read as UTF-8 text: {error}; export the package again") from error
 
 
-def _read_text(path: Path) -> str:
+def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PackageError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return parse_json_object(_read_text(path))
+        return parse_json_object(data, MAX_JSON_BYTES)
     except ValueError as error:
-        raise PackageError(f"{path} is not a JSON object: {error}") from error
+        raise PackageError(f"{path} is not a JSON object: {error}; export the package again") from error
 
 
 class Package:
@@ -168,7 +160,6 @@ class Package:
     def __init__(self, path: Path, manifest: Manifest | None) -> None:
         self.path = path
         self.manifest = manifest
-        self._verified: dict[str, Path] = {}
         if manifest is None:
             self.backends: tuple[str, ...] = ("numpy",)
         else:
@@ -185,17 +176,40 @@ class Package:
         """The model's name."""
         return self.container.name if self.manifest is None else self.manifest.name
 
-    def _verify(self, relative: str) -> Path:
+    def _entry(self, relative: str) -> FileEntry:
         assert self.manifest is not None
         if relative not in self.manifest.files:
             raise PackageError(f"{self.path / relative} is not listed in {MANIFEST_FILE}; export the package again")
-        if relative not in self._verified:
-            self._verified[relative] = _verify_file(self.path, self.manifest.files[relative])
-        return self._verified[relative]
+        return self.manifest.files[relative]
 
-    def _verify_optional(self, relative: str) -> Path | None:
-        listed = self.manifest is not None and relative in self.manifest.files
-        return self._verify(relative) if listed else None
+    def _open(self, relative: str) -> BufferedReader:
+        """A listed file whose size is right."""
+        entry = self._entry(relative)
+        stream = open_in_folder(self.path, relative)
+        size = os.fstat(stream.fileno()).st_size
+        if size != entry.bytes:
+            stream.close()
+            raise PackageError(
+                f"{self.path / relative} has {size} bytes, the manifest says {entry.bytes}; copy or export it again"
+            )
+        return stream
+
+    def _compare(self, relative: str, content: Buffer) -> None:
+        compare_sha256(self.path / relative, hashlib.sha256(content).hexdigest(), self._entry(relative).sha256)
+
+    def _read(self, relative: str) -> bytes:
+        """The content of a small file, hashed as it was read."""
+        with self._open(relative) as stream:
+            content = stream.read(MAX_TEXT_BYTES + 1)
+        if len(content) > MAX_TEXT_BYTES:
+            raise PackageError(
+                f"{self.path / relative} has more than {MAX_TEXT_BYTES} bytes, the most that is allowed; {WAY_OUT}"
+            )
+        self._compare(relative, content)
+        return content
+
+    def _is_listed(self, relative: str) -> bool:
+        return self.manifest is not None and relative in self.manifest.files
 
     @cached_property
     def container(self) -> Container:
@@ -205,23 +219,26 @@ class Package:
             PackageError: the package has none, or the file is not the one that the manifest lists.
             ContainerError, UnsupportedModelError: see :func:`mgptq_runtime.container.read_container`.
         """
-        return read_container(self.path if self.manifest is None else self._verify(CONTAINER_FILE))
+        if self.manifest is None:
+            return read_container(self.path)
+        with self._open(CONTAINER_FILE) as stream:
+            content = map_whole(stream)
+        self._compare(CONTAINER_FILE, content)
+        return parse_container(self.path / CONTAINER_FILE, content)
 
-    @cached_property
-    def onnx_folder(self) -> Path:
-        """The ONNX package, every file in it verified.
+    def _onnx_digests(self) -> dict[str, str]:
+        """SHA-256 in hexadecimal of every file in the ONNX package, by name.
 
         Raises:
-            PackageError: a file that is missing, changed, or not listed in the manifest.
+            PackageError: a file that is missing, not listed in the manifest, or of another size.
         """
-        if self.manifest is None:
-            raise PackageError(f"{self.path} is a container alone; the ONNX package comes in an exported folder")
+        assert self.manifest is not None
         folder = self.path / ONNX_FOLDER
         present = {path.relative_to(self.path).as_posix() for path in folder.rglob("*") if not path.is_dir()}
         listed = {path for path in self.manifest.files if path.startswith(f"{ONNX_FOLDER}/")}
         for relative in sorted(present | listed):
-            self._verify(relative)
-        return folder
+            self._open(relative).close()
+        return {path.removeprefix(f"{ONNX_FOLDER}/"): self.manifest.files[path].sha256 for path in listed}
 
     def backend(self, name: str | None = None, *, accuracy_level: int = 4, threads: int | None = None) -> Backend:
         """Load the package in a backend.
@@ -244,7 +261,12 @@ class Package:
             return NumpyBackend(self.container.model)
         from mgptq_runtime.backends.onnx_backend import OnnxBackend
 
-        return OnnxBackend(self.onnx_folder, accuracy_level=accuracy_level, threads=threads)
+        return OnnxBackend(
+            self.path / ONNX_FOLDER,
+            accuracy_level=accuracy_level,
+            threads=threads,
+            digests=self._onnx_digests(),
+        )
 
     def golden(self, backend: Backend) -> GoldenVectors:
         """The golden vectors to replay on a backend.
@@ -255,16 +277,16 @@ class Package:
         """
         if backend.name == "numpy":
             return self.container.golden
-        path = self._verify_optional(GOLDEN_FILE)
-        if path is None:
+        if not self._is_listed(GOLDEN_FILE):
             if "numpy" in self.backends:
                 return self.container.golden
             raise CheckError(f"{self.path} has no golden vectors ({GOLDEN_FILE}); export the package again")
-        golden = read_golden(path)
+        path = self.path / GOLDEN_FILE
+        golden = parse_golden(self._read(GOLDEN_FILE), path)
         try:
             validate_golden(golden, backend.vocabulary_size)
         except ValueError as error:
-            raise PackageError(f"{path}: {error}") from error
+            raise PackageError(f"{path}: {error}; export the package again") from error
         return golden
 
     def bounds(self, backend: str, accuracy_level: int) -> Bounds:
@@ -287,22 +309,27 @@ class Package:
         return TextTokenizer(data, backend.vocabulary_size)
 
     def _onnx_tokenizer_data(self) -> TokenizerData | None:
-        def path(name: str) -> Path | None:
-            return self._verify_optional(f"{ONNX_FOLDER}/{name}")
+        folder = self.path / ONNX_FOLDER
 
-        tokenizer, template = path("tokenizer.json"), path("chat_template.jinja")
+        def read(name: str) -> bytes | None:
+            relative = f"{ONNX_FOLDER}/{name}"
+            return self._read(relative) if self._is_listed(relative) else None
+
+        tokenizer, template = read("tokenizer.json"), read("chat_template.jinja")
         if tokenizer is None:
             return None
         config, generation, genai = (
-            _read_json(file) if (file := path(name)) else {}
+            _parse_json(folder / name, data) if (data := read(name)) is not None else {}
             for name in ("tokenizer_config.json", "generation_config.json", "genai_config.json")
         )
         genai_model = genai.get("model")
         if "eos_token_id" not in generation and isinstance(genai_model, dict):
             generation["eos_token_id"] = genai_model.get("eos_token_id")
         embedded = config.get("chat_template")
-        chat_template = _read_text(template) if template else embedded if isinstance(embedded, str) else None
-        return TokenizerData(_read_text(tokenizer), config, generation, chat_template)
+        chat_template = embedded if isinstance(embedded, str) else None
+        if template is not None:
+            chat_template = _decode(folder / "chat_template.jinja", template)
+        return TokenizerData(_decode(folder / "tokenizer.json", tokenizer), config, generation, chat_template)
 
 
 def open_package(path: Path) -> Package:

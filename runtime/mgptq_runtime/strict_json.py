@@ -1,16 +1,23 @@
-"""JSON from strangers: no duplicate keys, no NaN, no bottomless nesting."""
+"""JSON from strangers: no duplicate keys, no numbers beyond float64, no broken text, no bottomless nesting."""
 
 import json
+import math
+import re
 from typing import Any, NoReturn
 
-__all__ = ["parse_json", "parse_json_object"]
+__all__ = ["MAX_JSON_BYTES", "parse_json", "parse_json_object"]
+
+# Parsed, the costliest text takes some 27 times its own size: empty lists in a list.
+MAX_JSON_BYTES = 1 << 23
+SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"duplicate key {key!r}")
+        values[key] = value
     return values
 
 
@@ -18,25 +25,45 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON text.
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:40]} is beyond float64")
+    return value
+
+
+def parse_json(text: str | bytes, max_bytes: int | None = None) -> Any:
+    """Parse JSON text, UTF-8 where it is bytes.
+
+    Args:
+        max_bytes: the longest text allowed, in bytes or characters; None for any.
 
     Raises:
-        ValueError: broken text, a duplicate key, NaN or infinity, or nesting too deep to parse.
+        ValueError: text that is broken or too long, a duplicate key, NaN, infinity or a number beyond float64, half a
+            surrogate pair, or nesting too deep to parse.
     """
+    if max_bytes is not None and len(text) > max_bytes:
+        raise ValueError(f"{len(text)} bytes of JSON, at most {max_bytes} are allowed")
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+        if SURROGATE_ESCAPE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("JSON is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a string holds half a surrogate pair") from error
+    return value
 
 
-def parse_json_object(text: str | bytes) -> dict[str, Any]:
+def parse_json_object(text: str | bytes, max_bytes: int | None = None) -> dict[str, Any]:
     """Parse JSON text that must be one object.
 
     Raises:
         ValueError: as :func:`parse_json`, or another kind of value.
     """
-    value = parse_json(text)
+    value = parse_json(text, max_bytes)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     return value

@@ -1,5 +1,7 @@
 """Text to token ids and back, and chat templates."""
 
+import contextlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,10 @@ from mgptq_runtime.errors import BadInputError, PackageError
 __all__ = ["TextTokenizer", "TokenizerData"]
 
 REPLACEMENT = "�"
+WAY_OUT = "export the package again"
+# How many times as long as its input a step's output may be; a Replace or Prepend has its content's length.
+GROWTH_OF_STEPS = {"ByteLevel": 2, "Precompiled": 16}
+MAX_GROWTH = 256
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,45 @@ def _special_token_text(config: Mapping[str, Any], key: str) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _parse(tokenizer_json: str) -> Tokenizer:
+@contextlib.contextmanager
+def _typed_errors() -> Iterator[None]:
+    """Whatever the library raises becomes a :class:`PackageError`."""
     try:
-        return Tokenizer.from_str(tokenizer_json)
+        yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in the library's Rust code derives from BaseException
-        raise PackageError(f"the tokenizer cannot be used: {error}; export the package again") from error
+        raise PackageError(f"the tokenizer cannot be used: {error}; {WAY_OUT}") from error
+
+
+def _growth(step: Mapping[str, Any]) -> int:
+    """At most how many times as long as its input a normalizer's or a decoder's output is."""
+    growth = 1
+    for inner in step.get("normalizers") or step.get("decoders") or ():
+        growth *= _growth(inner)
+    content = step.get("content") or step.get("prepend") or ""
+    return growth * max(1, len(content.encode())) * GROWTH_OF_STEPS.get(step["type"], 1)
+
+
+def _check_growth(part: Any, name: str) -> None:
+    """Refuse steps that together make a text of any length out of a short one."""
+    if part is None:
+        return
+    growth = _growth(json.loads(part.__getstate__()))
+    if growth > MAX_GROWTH:
+        raise PackageError(
+            f"the tokenizer's {name} can make a text {min(growth, 10**9)} times as long or more, "
+            f"{MAX_GROWTH} times is allowed; {WAY_OUT}"
+        )
+
+
+def _parse(tokenizer_json: str) -> Tokenizer:
+    with _typed_errors():
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+        parts = {"normalizer": tokenizer.normalizer, "decoder": tokenizer.decoder}
+    for name, part in parts.items():
+        _check_growth(part, name)
+    return tokenizer
 
 
 class TextTokenizer:
@@ -82,14 +120,24 @@ class TextTokenizer:
 
         Args:
             special_tokens: add what the tokenizer puts around a text, such as a beginning-of-text token.
+
+        Raises:
+            BadInputError: text that is not Unicode.
+            PackageError: a tokenizer that fails on it.
         """
         if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
             raise BadInputError("the text holds bytes that are not UTF-8; give UTF-8 text")
-        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        with _typed_errors():
+            return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        """Text of token ids, special tokens left out.
+
+        Raises:
+            PackageError: a tokenizer that fails on them.
+        """
+        with _typed_errors():
+            return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
         """Text piece by piece as tokens arrive; a character is held back until all its bytes are there."""

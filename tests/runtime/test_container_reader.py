@@ -9,9 +9,8 @@ import pytest
 from golden_package import make_container, make_golden, make_tokenizer_folder, sign
 from synthetic import random_llama
 
-from mgptq_runtime.container import ARCHITECTURE, decode_container, read_container
+from mgptq_runtime.container import read_container
 from mgptq_runtime.errors import ContainerError, MgptqError, UnsupportedModelError
-from mgptq_runtime.gguf_file import read_gguf
 from mgptq_runtime.golden import GoldenVectors
 
 TINY = {"layers": 1, "hidden": 64, "intermediate": 64, "heads": 2, "kv_heads": 1, "vocabulary": 32}
@@ -27,42 +26,6 @@ def tiny(tmp_path_factory) -> bytes:
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "model.gguf"
-
-
-def read_header(path, data: bytes):
-    path.write_bytes(data)
-    return read_gguf(path, ARCHITECTURE)
-
-
-def test_a_file_cut_anywhere_is_refused(tiny, path):
-    data_start = min(info.offset for info in read_header(path, tiny).tensors.values())
-    for end in [*range(0, data_start, 7), *range(data_start, len(tiny), 101), len(tiny) - 1]:
-        path.write_bytes(tiny[:end])
-        with pytest.raises(ContainerError):
-            read_container(path)
-
-
-def test_a_flipped_byte_anywhere_is_refused(tiny, path):
-    for position in range(0, len(tiny), 13):
-        data = bytearray(tiny)
-        data[position] ^= 0x41
-        path.write_bytes(data)
-        with pytest.raises((ContainerError, UnsupportedModelError)):
-            read_container(path)
-
-
-def test_a_flipped_header_byte_with_a_valid_hash_never_escapes_the_typed_errors(tiny, path):
-    """The hash finds damage, not malice: behind it, the rules alone must hold."""
-    header = min(info.offset for info in read_header(path, tiny).tensors.values())
-    rng = np.random.default_rng(0)
-    for position in range(header):
-        data = bytearray(tiny)
-        data[position] ^= int(rng.integers(1, 256))
-        path.write_bytes(data)
-        try:
-            decode_container(read_gguf(path, ARCHITECTURE))
-        except MgptqError:
-            continue
 
 
 def test_trailing_bytes_are_refused(tiny, path):
@@ -115,7 +78,7 @@ IDENTITY = text(b"general.architecture") + struct.pack("<I", STRING) + text(b"mg
         (header(keys=1) + text(b"\xff") + struct.pack("<II", UINT32, 1), "not UTF-8"),
         (header(keys=1) + text(b"a") + struct.pack("<I", 13), "value type 13"),
         (header(keys=1) + text(b"a") + struct.pack("<IB", BOOL, 2), "bool of 2"),
-        (header(keys=1) + text(b"a") + struct.pack("<IQ", STRING, 1 << 40), "at most 67108864"),
+        (header(keys=1) + text(b"a") + struct.pack("<IQ", STRING, 1 << 40), "at most 41943040"),
         (header(keys=1) + text(b"a") + struct.pack("<IQ", STRING, 100), "needs 100 bytes"),
         (header(keys=1) + text(b"a") + struct.pack("<IIQ", ARRAY, ARRAY, 1), "value type 9"),
         (header(keys=1) + text(b"a") + struct.pack("<IIQ", ARRAY, UINT32, HUGE), "needs"),

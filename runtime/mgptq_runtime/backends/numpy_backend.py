@@ -79,6 +79,8 @@ def _apply_segments(linear: QuantizedLinear, activation: np.ndarray, rows: slice
 class NumpyBackend:
     """Runs a quantized model in float32; implements :class:`mgptq_runtime.backends.Backend`.
 
+    A model may compute infinity or NaN; that is for the caller to find in the logits.
+
     Raises:
         UnsupportedModelError: an unknown family or unusable hyper-parameters.
     """
@@ -96,6 +98,7 @@ class NumpyBackend:
         """An empty KV cache for ``batch`` sequences of equal length."""
         return KeyValueCache(self._family.layer_count, batch)
 
+    @np.errstate(all="ignore")
     def forward(self, token_ids: np.ndarray, cache: KeyValueCache) -> np.ndarray:
         """Append tokens to the cached sequences.
 
@@ -112,6 +115,7 @@ class NumpyBackend:
         self._check_tokens(token_ids, cache)
         return self._family.forward(self, token_ids, cache, lambda hidden: None)
 
+    @np.errstate(all="ignore")
     def forward_with_digests(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Run whole sequences from the start and digest what each layer computes.
 

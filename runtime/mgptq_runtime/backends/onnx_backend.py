@@ -1,9 +1,16 @@
-"""The ONNX Runtime backend: runs a package of the ONNX target."""
+"""The ONNX Runtime backend: runs a package of the ONNX target.
+
+The graph is read once, hashed, validated, and given to ONNX Runtime as what was read. The weights are hashed from one
+descriptor and then mapped by ONNX Runtime itself, since a copy in memory would take twice their size: a file that was
+put in their place, changed or renamed in between is noticed when the model is loaded, before anything is computed.
+"""
 
 import contextlib
 import ctypes
-import json
+import hashlib
+import os
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +20,9 @@ import onnxruntime as ort
 
 from mgptq_runtime.backends.checks import check_tokens
 from mgptq_runtime.errors import BadInputError, PackageError
+from mgptq_runtime.files import compare_sha256, identity, open_in_folder
+from mgptq_runtime.onnx_file import MAX_MODEL_BYTES, validate_onnx
+from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
 __all__ = ["ACCURACY_LEVELS", "OnnxBackend", "OnnxCache"]
 
@@ -22,7 +32,16 @@ GENAI_CONFIG = "genai_config.json"
 # Where attention rotates by tables of its own, a graph does not ask for them.
 POSITIONS = "position_ids"
 FIRST_CAPACITY = 64
-ERRORS_ONLY = 3
+FATAL_ERRORS_ONLY = 4
+WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+# As in containers.
+LIMITS = {
+    "layers": 1024,
+    "kv_heads": 512,
+    "head_size": 1024,
+    "vocabulary_size": 1 << 22,
+    "context_length": 1 << 24,
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +70,9 @@ class OnnxCache:
     buffers: list[np.ndarray] = field(default_factory=list)
 
 
-def _read_shape(path: Path) -> _Shape:
+def _read_shape(path: Path, content: bytes) -> _Shape:
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model = parse_json_object(content, MAX_JSON_BYTES)["model"]
         decoder = model["decoder"]
         shape = _Shape(
             layers=decoder["num_hidden_layers"],
@@ -62,29 +81,50 @@ def _read_shape(path: Path) -> _Shape:
             vocabulary_size=model["vocab_size"],
             context_length=model["context_length"],
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise PackageError(
             f"{path} is not a configuration of onnxruntime-genai ({type(error).__name__}: {error}); "
             "export the package again"
         ) from error
     for name, value in vars(shape).items():
-        if type(value) is not int or value < 1:
-            raise PackageError(f"{path}: {name} must be a positive integer, found {value!r}; export the package again")
+        if type(value) is not int or not 1 <= value <= LIMITS[name]:
+            raise PackageError(
+                f"{path}: {name} must be an integer of 1 to {LIMITS[name]}, found {value!r}; export the package again"
+            )
     return shape
 
 
-def _check_files(folder: Path, model: str) -> None:
-    for name in (model, EXTERNAL_DATA):
-        path = folder / name
-        if not path.is_file():
-            raise PackageError(f"{path} is missing; export the package again")
-        if path.resolve().parent != folder.resolve():
-            raise PackageError(f"{path} is a link out of the package, to {path.resolve()}; copy the file itself")
+def _read(folder: Path, name: str, limit: int, digests: Mapping[str, str] | None) -> bytes:
+    """A file's content, at most ``limit`` bytes, compared with its digest."""
+    with open_in_folder(folder, name) as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise PackageError(f"{folder / name} has more than {limit} bytes, the most that is allowed; export it again")
+    if digests is not None:
+        compare_sha256(folder / name, hashlib.sha256(content).hexdigest(), digests[name])
+    return content
+
+
+@contextlib.contextmanager
+def _unchanged_weights(folder: Path, digests: Mapping[str, str] | None) -> Iterator[int]:
+    """Verify the file of weights, give its size, and see afterwards that its path named it all the while."""
+    path = folder / EXTERNAL_DATA
+    with open_in_folder(folder, EXTERNAL_DATA) as stream:
+        before = os.fstat(stream.fileno())
+        if digests is not None:
+            compare_sha256(path, hashlib.file_digest(stream, "sha256").hexdigest(), digests[EXTERNAL_DATA])
+        yield before.st_size
+        try:
+            after = path.stat()
+        except OSError as error:
+            raise PackageError(f"{path} went away while it was read: {error}; copy the package again") from error
+        if identity(before) != identity(after):
+            raise PackageError(f"{path} was changed while it was read; let nothing write to it and run again")
 
 
 def _session_options(threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = FATAL_ERRORS_ONLY
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     return options
@@ -97,11 +137,20 @@ def _return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def _open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+def _open_session(path: Path, model: bytes, weights_bytes: int, threads: int | None) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        validate_onnx(model, EXTERNAL_DATA, weights_bytes)
+    except ValueError as error:
+        raise PackageError(f"{path} cannot be used: {error}; export the package again") from error
+    options = _session_options(threads)
+    options.add_session_config_entry(WEIGHTS_FOLDER_KEY, str(path.parent))
+    try:
+        # Its fallback would print to standard output, and try the same again.
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime has no common base class for what it raises
-        raise PackageError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
+        raise PackageError(
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}; export the package again"
+        ) from error
 
 
 class OnnxBackend:
@@ -115,31 +164,44 @@ class OnnxBackend:
 
     name = "onnx"
 
-    def __init__(self, folder: Path, *, accuracy_level: int = 4, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        accuracy_level: int = 4,
+        threads: int | None = None,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         """Load a package.
 
         Args:
             folder: holds ``model.onnx``, ``model.exact.onnx``, ``model.onnx.data`` and ``genai_config.json``.
             accuracy_level: a key of :data:`ACCURACY_LEVELS`.
             threads: of ONNX Runtime; None for one per physical core.
+            digests: SHA-256 in hexadecimal, by name, that the files must have; None where nothing states them.
 
         Raises:
             BadInputError: an accuracy level or a number of threads that there is not.
-            PackageError: files that are missing, broken, or do not belong together.
+            PackageError: files that are missing, broken, changed while they are read, or do not belong together.
         """
         if accuracy_level not in ACCURACY_LEVELS:
             raise BadInputError(f"accuracy level {accuracy_level} is none of {list(ACCURACY_LEVELS)}")
         if threads is not None and threads < 1:
             raise BadInputError(f"threads must be 1 or more, not {threads}")
-        self._shape = _read_shape(folder / GENAI_CONFIG)
+        name = ACCURACY_LEVELS[accuracy_level]
+        for needed in (name, EXTERNAL_DATA, GENAI_CONFIG):
+            if digests is not None and needed not in digests:
+                raise PackageError(f"{folder / needed} is not listed in manifest.json; export the package again")
+        config = _read(folder, GENAI_CONFIG, MAX_JSON_BYTES, digests)
+        model = _read(folder, name, MAX_MODEL_BYTES, digests)
+        self._shape = _read_shape(folder / GENAI_CONFIG, config)
         self.accuracy_level = accuracy_level
         self.vocabulary_size = self._shape.vocabulary_size
         self.context_length = self._shape.context_length
-        model = ACCURACY_LEVELS[accuracy_level]
-        _check_files(folder, model)
-        self._session = _open_session(folder / model, _session_options(threads))
+        with _unchanged_weights(folder, digests) as weights_bytes:
+            self._session = _open_session(folder / name, model, weights_bytes, threads)
         _return_freed_memory()
-        self._check_interface(folder / model)
+        self._check_interface(folder / name)
 
     def _cache_names(self, prefix: str) -> list[str]:
         return [f"{prefix}.{layer}.{kind}" for layer in range(self._shape.layers) for kind in ("key", "value")]
@@ -147,8 +209,13 @@ class OnnxBackend:
     def _check_interface(self, path: Path) -> None:
         """A graph and a configuration that do not belong together are refused here, not in the middle of a run."""
         shape = self._shape
-        inputs = {value.name: (value.type, value.shape) for value in self._session.get_inputs()}
-        outputs = {value.name: (value.type, value.shape) for value in self._session.get_outputs()}
+        try:
+            inputs, outputs = (
+                {value.name: (value.type, value.shape) for value in values}
+                for values in (self._session.get_inputs(), self._session.get_outputs())
+            )
+        except UnicodeDecodeError as error:
+            raise PackageError(f"{path}: a name is not UTF-8 ({error}); export the package again") from error
         wanted = {"input_ids", "attention_mask", *self._cache_names("past_key_values")}
         if set(inputs) - {POSITIONS} != wanted or set(outputs) != {"logits", *self._cache_names("present")}:
             raise PackageError(
@@ -158,13 +225,19 @@ class OnnxBackend:
         self._takes_positions = POSITIONS in inputs
         caches = [inputs[name] for name in self._cache_names("past_key_values")]
         caches += [outputs[name] for name in self._cache_names("present")]
-        for kind, (_, heads, _, size) in caches:
-            sizes_agree = heads == shape.kv_heads and size in (shape.head_size, "kv_cache_dim")
-            if kind != "tensor(float)" or not sizes_agree:
-                raise PackageError(f"{path}: a cache of {kind} {heads} x {size}, {GENAI_CONFIG} says float {shape}")
-        logits_type, logits_shape = outputs["logits"]
-        if logits_type != "tensor(float)" or logits_shape[-1] != shape.vocabulary_size:
-            raise PackageError(f"{path}: logits {logits_shape}, {GENAI_CONFIG} says {shape.vocabulary_size} tokens")
+        for kind, sizes in caches:
+            is_right = len(sizes) == 4 and sizes[1] == shape.kv_heads and sizes[3] in (shape.head_size, "kv_cache_dim")
+            if kind != "tensor(float)" or not is_right:
+                raise PackageError(
+                    f"{path}: a cache is {kind} {sizes}, {GENAI_CONFIG} says float and {shape}; "
+                    "export the package again"
+                )
+        logits_type, sizes = outputs["logits"]
+        if logits_type != "tensor(float)" or len(sizes) != 3 or sizes[2] != shape.vocabulary_size:
+            raise PackageError(
+                f"{path}: logits are {logits_type} {sizes}, {GENAI_CONFIG} says {shape.vocabulary_size} tokens; "
+                "export the package again"
+            )
 
     def new_cache(self, batch: int = 1) -> OnnxCache:
         """An empty KV cache for ``batch`` sequences of equal length."""
@@ -227,7 +300,12 @@ class OnnxBackend:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # as in _open_session
-            raise PackageError(f"ONNX Runtime {ort.__version__} cannot run the package: {error}") from error
+            raise PackageError(
+                f"ONNX Runtime {ort.__version__} cannot run the package: {error}; export it again"
+            ) from error
         cache.length = total
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
+        wanted = (*token_ids.shape, self.vocabulary_size)
+        if logits.shape != wanted:
+            raise PackageError(f"the ONNX model computes logits of {logits.shape}, not {wanted}; export it again")
         return logits

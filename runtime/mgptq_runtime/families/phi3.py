@@ -23,7 +23,7 @@ class Phi3(Decoder):
 
     name: ClassVar[str] = "phi3"
 
-    rotary_dimensions: int = parameter("rope.dimension_count", 2, 4096)
+    rotary_dimensions: int = parameter("rope.dimension_count", 2, 1024)
     original_context: int = parameter("rope.scaling.original_context_length", 1, 1 << 24)
     sliding_window: int = optional_parameter("attention.sliding_window", 0, 1 << 24, 0)
 

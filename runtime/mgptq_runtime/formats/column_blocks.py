@@ -182,7 +182,7 @@ class B8(ColumnFormat):
         return (codes.astype(np.int16) + self.offset).astype(np.int8).view(np.uint8)
 
     def _signed(self, packed: np.ndarray) -> np.ndarray:
-        signed = np.ascontiguousarray(packed).view(np.int8)
+        signed = packed.view(np.int8)
         if signed.size and signed.min() < self.offset:
             raise ContainerError("b8: a stored byte of -128 is not a code; codes are -127 to 127")
         return signed
@@ -194,4 +194,4 @@ class B8(ColumnFormat):
         return self._signed(packed).astype(np.float32)
 
     def validate_codes(self, data: np.ndarray) -> None:
-        self._signed(self.packed_codes(data))
+        self._signed(self._blocks(data)[..., SCALE_BYTES:])
