@@ -1,13 +1,16 @@
 # make demo   a fresh machine: set up, quantize SmolLM2-135M, export it to build/demo/, check it
 # make test   a fresh machine: set up, then lint, types and all tests
 # make quick  the tests that take seconds each and need no real model
+# make fuzz   changed containers against the reader, for 10 minutes; SECONDS_OF_FUZZING=60 for another time
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Idle threads that spin for long take from others on small machines; that do not spin at all take long to wake.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: setup demo test quick lint clean
+SECONDS_OF_FUZZING ?= 600
+
+.PHONY: setup demo test quick fuzz lint clean
 
 setup: .venv/installed
 
@@ -29,6 +32,9 @@ test: lint
 
 quick: setup
 	$(BIN)/python -m pytest -m "not slow"
+
+fuzz: setup
+	$(BIN)/python tools/fuzz_container.py --seconds $(SECONDS_OF_FUZZING)
 
 clean:
 	rm -rf build .venv
