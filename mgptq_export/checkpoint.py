@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mgptq_runtime.errors import PackageError
+from mgptq_runtime.families import make_family
+from mgptq_runtime.families.layout import GroupShape, Layout
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment
+from mgptq_runtime.strict_json import parse_json_object
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -201,14 +204,49 @@ def _read_linear(
     return QuantizedLinear(name, layout["rows"], layout["columns"], segments, permutation)
 
 
+def _check_model(model: QuantizedModel) -> None:
+    """Raise ValueError where a model's parts are not those of its family and hyper-parameters."""
+    layout = make_family(model.family, model.hyperparameters).layout
+    if _shapes(model.groups) != _shapes(layout.groups):
+        raise ValueError(f"its layers are not those of a {model.family} model of its hyper-parameters")
+    for group in model.groups:
+        order, columns = group.permutation, group.linears[0].columns
+        if order is not None and not np.array_equal(np.sort(order), np.arange(columns)):
+            raise ValueError(f"{group.name}.permutation is not one of 0 to {columns - 1}")
+    tables = [table for table in (model.embedding, model.head) if table is not None]
+    for table in tables:
+        if (table.rows, table.columns) != (layout.embedding.rows, layout.embedding.columns):
+            raise ValueError(f"{table.name} has another shape than its hyper-parameters say")
+    for linear in (*model.linears(), *tables):
+        if any(part.data.dtype != np.uint8 or part.data.shape[:-1] != (linear.rows,) for part in linear.segments):
+            raise ValueError(f"{linear.name}: packed weights must be uint8 [{linear.rows}, bytes]")
+    _check_tensors(model.tensors, layout)
+
+
+def _shapes(groups: Iterable[InputGroup] | Iterable[GroupShape]) -> dict[str, list[tuple[str, int, int]]]:
+    return {group.name: [(linear.name, linear.rows, linear.columns) for linear in group.linears] for group in groups}
+
+
+def _check_tensors(tensors: Mapping[str, np.ndarray], layout: Layout) -> None:
+    shapes = {name: values.shape for name, values in tensors.items()}
+    known = {**layout.tensors, **layout.optional_tensors}
+    wrong = layout.tensors.keys() - shapes.keys() | {name for name in shapes if known.get(name) != shapes[name]}
+    if wrong:
+        raise ValueError(f"{min(wrong)} is missing, of another shape, or no part of the model")
+    for name, values in tensors.items():
+        if values.dtype != np.float32 or not np.isfinite(values).all():
+            raise ValueError(f"{name} must be float32, and finite")
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder.
 
     Raises:
         PackageError: the folder holds no checkpoint of this method, or not all of it.
+        UnsupportedModelError: a family, or hyper-parameters of it, that this version does not know.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = parse_json_object((folder / "config.json").read_bytes())
         quantization = config["quantization_config"]
         if quantization["quant_method"] != "mgptq" or quantization["format_version"] != FORMAT_VERSION:
             raise PackageError(
@@ -216,7 +254,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f" is not 'mgptq' version {FORMAT_VERSION}; quantize the model with this version"
             )
         model = unpack_model(load_file(folder / "model.safetensors"), quantization)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        _check_model(model)
+        recipe = quantization["recipe"]
+        if not (isinstance(quantization["name"], str) and isinstance(recipe["bits"], int | float)):
+            raise TypeError("name or bits of the recipe are not what this program writes")
+        if not isinstance(recipe.get("size"), int | None):
+            raise TypeError("the recipe's size is not what this program writes")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise PackageError(
             f"{folder} is not a complete quantized checkpoint ({type(error).__name__}: {error}); "
             "make one with: mgptq-export quantize MODEL -o FOLDER"

@@ -17,7 +17,8 @@ from rich.table import Table
 from mgptq_export.recipe import ALLOCATORS, FAST, Recipe
 from mgptq_export.sizes import format_size, parse_size
 from mgptq_runtime.errors import MgptqError
-from mgptq_runtime.signals import exit_on_signals, ignore_signals
+from mgptq_runtime.messages import error_message
+from mgptq_runtime.signals import exit_at_once, exit_on_signals, ignore_signals
 
 __all__ = ["cli", "main"]
 
@@ -180,7 +181,8 @@ def run(
     **recipe: Any,
 ) -> None:
     """Quantize MODEL and export it: everything in one go."""
-    from mgptq_export import pipeline
+    with exit_at_once():
+        from mgptq_export import pipeline
 
     _set_threads(threads)
     manifest = pipeline.run(
@@ -221,7 +223,8 @@ def quantize(
     **recipe: Any,
 ) -> None:
     """Quantize MODEL for the targets without writing them; 'export' does."""
-    from mgptq_export import pipeline
+    with exit_at_once():
+        from mgptq_export import pipeline
 
     _set_threads(threads)
     manifest = pipeline.run(
@@ -246,7 +249,8 @@ def quantize(
 @JSON
 def export(package: Path, targets: list[str], out: Path | None, overwrite: bool, as_json: bool) -> None:
     """Export the quantized checkpoint of PACKAGE to targets."""
-    from mgptq_export import pipeline
+    with exit_at_once():
+        from mgptq_export import pipeline
 
     _print_manifest(pipeline.export(package, targets, out, overwrite=overwrite), out or package, as_json)
 
@@ -270,7 +274,8 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Compare PACKAGE with the original model: the checkpoint, and each export through its own runtime."""
-    from mgptq_export import pipeline
+    with exit_at_once():
+        from mgptq_export import pipeline
 
     _set_threads(threads)
     evaluation = pipeline.evaluate_package(
@@ -287,7 +292,8 @@ def evaluate(
 @JSON
 def inspect(package: Path, as_json: bool) -> None:
     """Show what PACKAGE holds and which linears got which bits."""
-    from mgptq_export.inspection import inspect_package
+    with exit_at_once():
+        from mgptq_export.inspection import inspect_package
 
     found = inspect_package(package)
     if as_json:
@@ -308,7 +314,8 @@ def inspect(package: Path, as_json: bool) -> None:
 @JSON
 def verify(package: Path, as_json: bool) -> None:
     """Compare the files of PACKAGE with what its manifest says of them. Exit code 1 where they differ."""
-    from mgptq_export import pipeline
+    with exit_at_once():
+        from mgptq_export import pipeline
 
     differences = pipeline.verify(package)
     if as_json:
@@ -337,7 +344,8 @@ def plan(
     **recipe: Any,
 ) -> None:
     """Say what MODEL would become at --bits or in --size, and which targets reach it, without running anything."""
-    from mgptq_export.planning import plan_model
+    with exit_at_once():
+        from mgptq_export.planning import plan_model
 
     planned = plan_model(model, _recipe(**recipe), targets, trust_remote_code=trust_remote_code)
     if as_json:
@@ -449,11 +457,8 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except OSError as error:  # standard output that is full or gone
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except MgptqError as error:
-        click.echo(f"error: {error}", err=True)
+    except (MgptqError, OSError) as error:  # OSError: standard output that is full or gone
+        click.echo(f"error: {error_message(error)}", err=True)
         sys.exit(1)
     finally:
         ignore_signals()

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from mgptq_export.journal import Journal, Record
 from mgptq_runtime.errors import BadInputError, MgptqError, OutputExistsError
 from mgptq_runtime.package import MANIFEST_FILE
+from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
 __all__ = ["MANIFEST_KEYS", "UnfinishedRun", "new_folder", "reason", "unfinished_run"]
 
@@ -206,10 +207,10 @@ def _is_ours(out: Path) -> bool:
     if not out.is_dir():
         return False
     try:
-        manifest = json.loads((out / MANIFEST_FILE).read_text())
+        manifest = parse_json_object((out / MANIFEST_FILE).read_bytes(), MAX_JSON_BYTES)
     except (OSError, ValueError):
         return not any(out.iterdir())
-    return isinstance(manifest, dict) and manifest.keys() >= MANIFEST_KEYS
+    return manifest.keys() >= MANIFEST_KEYS
 
 
 def _replace_folder(new: Path, out: Path) -> None:

@@ -40,6 +40,7 @@ from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
 from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, file_sha256, open_package
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import QuantizedModel
+from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
 __all__ = [
     "EvaluationText",
@@ -223,7 +224,7 @@ def read_manifest(package: Path) -> dict[str, Any]:
         PackageError: there is none that can be read.
     """
     try:
-        manifest = json.loads((package / MANIFEST_FILE).read_text())
+        manifest = parse_json_object((package / MANIFEST_FILE).read_bytes(), MAX_JSON_BYTES)
         if manifest["format_version"] != MANIFEST_VERSION:
             raise PackageError(f"{package}: manifest version {manifest['format_version']} is not {MANIFEST_VERSION}")
         if missing := MANIFEST_KEYS - manifest.keys():
@@ -235,7 +236,7 @@ def read_manifest(package: Path) -> dict[str, Any]:
             raise TypeError("layouts are not what this program writes")
         if not all(isinstance(file["path"], str) and file["sha256"] and file["bytes"] >= 0 for file in files):
             raise TypeError("files are not what this program writes")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise PackageError(
             f"{package} is no package ({error}); make one with: mgptq-export run MODEL -o OUT"
         ) from error

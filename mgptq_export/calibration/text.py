@@ -10,12 +10,14 @@ from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
 from mgptq_runtime.perplexity import read_text
 from mgptq_runtime.progress import track
+from mgptq_runtime.tokenizer import encode_text
 
 __all__ = ["calibration_tokens", "file_tokens", "recovery_tokens"]
 
 logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
+TEXT_FILES = "give a .txt file in UTF-8, or a .jsonl file with an object on every line, its field 'text' a string"
 FEW_SEQUENCES = 16
 
 
@@ -25,16 +27,20 @@ def file_tokens(path: Path, source: SourceModel) -> list[int]:
     Raises:
         BadInputError: a file that cannot be read, or holds no text; a model without a tokenizer, or with another's.
     """
+    if path.is_dir():
+        raise BadInputError(f"{path} is a folder; {TEXT_FILES}")
     text = read_text(path)
+    if "\0" in text:
+        raise BadInputError(f"{path} holds zero bytes, so it is no text; {TEXT_FILES}")
     if not text.strip():
-        raise BadInputError(f"{path} holds no text")
+        raise BadInputError(f"{path} holds no text; {TEXT_FILES}")
     return _tokens(text, source)
 
 
 def _tokens(text: str, source: SourceModel) -> list[int]:
     if source.tokenizer is None:
         raise BadInputError(f"{source.source} has no tokenizer, so it cannot read text")
-    ids = source.tokenizer.encode(text, add_special_tokens=False).ids
+    ids = encode_text(source.tokenizer, text)
     vocabulary = source.model.config.vocab_size
     if max(ids, default=0) >= vocabulary:
         raise BadInputError(
@@ -100,9 +106,12 @@ def _hub_documents(name: str, documents: int = 1000) -> list[str]:
         ) from error
     try:
         rows = load_dataset(name, split="train", streaming=True)
-        return [row["text"] for row, _ in zip(rows, range(documents), strict=False)]
+        texts = [row["text"] for row, _ in zip(rows, range(documents), strict=False)]
     except Exception as error:  # the library raises many kinds, all of which mean the same to a user
         raise BadInputError(f"calibration {name!r} is neither a file nor a readable data set: {error}") from error
+    if not all(isinstance(text, str) for text in texts):
+        raise BadInputError(f"calibration {name!r}: the data set's column 'text' does not hold strings; {TEXT_FILES}")
+    return texts
 
 
 @torch.no_grad()
@@ -116,6 +125,7 @@ def sample_from_model(source: SourceModel, samples: int, length: int, generator:
     vocabulary = model.config.vocab_size
     ended = model.config.eos_token_id
     ended = [] if ended is None else [ended] if isinstance(ended, int) else list(ended)
+    ended = [token for token in ended if 0 <= token < vocabulary]  # some configurations keep a larger model's
     tokens = torch.randint(vocabulary, (samples, 1), generator=generator)
     cache = None
     with track("Sampling calibration text", length - 1) as advance:

@@ -113,8 +113,10 @@ class Family:
                     f"rotary type {kind!r} is not supported for {self.name} models; "
                     f"supported: {', '.join(self.rope_types)}"
                 )
-        types = config.get("layer_types")
-        if self.full_attention_only and isinstance(types, list) and set(types) - {"full_attention"}:
+        types = config.get("layer_types") or []
+        if not (isinstance(types, list) and all(isinstance(kind, str) for kind in types)):
+            raise UnsupportedModelError(f"layer_types {types!r} are not supported; supported: a list of names")
+        if self.full_attention_only and set(types) - {"full_attention"}:
             raise UnsupportedModelError(
                 f"layer_types {types} are not supported for {self.name} models; supported: full_attention everywhere"
             )
@@ -135,7 +137,7 @@ class Family:
 
         Args:
             meta: the file's hyper-parameters without the architecture's prefix; a missing one raises BadInputError.
-            tensors: the file's ``gguf.ReaderTensor`` by name.
+            tensors: the file's :class:`mgptq_export.models.gguf_file.GgufTensor` by name.
 
         Raises:
             UnsupportedModelError: rotary frequencies that are not supported.
@@ -163,7 +165,7 @@ class Family:
             # The file holds a float32: 1e-6 reads as 9.99999997e-07.
             "rms_norm_eps": round(float(meta["attention.layer_norm_rms_epsilon"]), 12),
             "rope_parameters": rope,
-            "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+            "vocab_size": tensors["token_embd.weight"].shape[0],
             "tie_word_embeddings": "output.weight" not in tensors,
         }
 

@@ -8,7 +8,7 @@ import torch
 
 from mgptq_export.families.base import Family
 from mgptq_export.families.gguf_rope import rope_factors, rope_type
-from mgptq_runtime.errors import UnsupportedModelError
+from mgptq_runtime.errors import BadInputError, UnsupportedModelError
 
 __all__ = ["Llama"]
 
@@ -56,7 +56,13 @@ class Llama(Family):
         rope = super().rope_from_gguf(meta, tensors)
         if ROPE_FACTORS not in tensors:
             return rope
-        factors = np.array(tensors[ROPE_FACTORS].data, np.float32)
+        factors = tensors[ROPE_FACTORS].values()
+        size = int(meta.get("attention.key_length", int(meta["embedding_length"]) // int(meta["attention.head_count"])))
+        if factors.shape != (size // 2,):
+            raise BadInputError(
+                f"the GGUF file's {ROPE_FACTORS} has shape {list(factors.shape)}, a head of {size} values needs "
+                f"[{size // 2}]; download it again"
+            )
         llama3 = {**rope, **LLAMA3_ROPE, "factor": round(float(factors.max()), 6)}
         if rope["rope_type"] == "default":
             if (factors == 1.0).all():

@@ -174,4 +174,4 @@ def _usual_attention_factor(scale: float, original: int) -> float:
 
 def _factors(tensor: Any) -> list[float]:
     """A tensor of factors as the short decimal numbers that ``config.json`` had."""
-    return [float(str(value)) for value in np.asarray(tensor.data, np.float32)]
+    return [float(str(value)) for value in tensor.values()]

@@ -4,20 +4,25 @@ What a family's files look like is the family's affair: see :class:`mgptq_export
 dequantized with gguf-py; what llama.cpp's converter changed in them is undone.
 """
 
+import logging
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES
 
 from mgptq_export.families import FAMILIES, Family, family_of
-from mgptq_export.models.gguf_tokenizer import write_gguf_tokenizer
+from mgptq_export.models.gguf_file import GgufModel
+from mgptq_export.models.hyperparameters import check_hyperparameters
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
 
-__all__ = ["open_gguf", "read_gguf_config", "read_gguf_weights", "write_gguf_tokenizer"]
+__all__ = ["read_gguf_config", "read_gguf_weights"]
+
+logger = logging.getLogger(__name__)
 
 _TENSOR_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -38,40 +43,17 @@ class _Present(dict[str, Any]):
         raise BadInputError(f"the GGUF file lacks {self.prefix}{key}; convert it again with llama.cpp")
 
 
-def open_gguf(path: Path) -> gguf.GGUFReader:
-    """Open a GGUF file.
-
-    Raises:
-        BadInputError: not a GGUF file, or cut short.
-        UnsupportedModelError: tensors in a type that gguf-py does not know.
-    """
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError, KeyError, TypeError) as error:
-        if "GGMLQuantizationType" in str(error):
-            raise UnsupportedModelError(
-                f"{path} holds tensors in a type that gguf-py cannot read ({error}); take a file in another type"
-            ) from error
-        raise BadInputError(f"{path} is not a readable GGUF file ({error}); download it again") from error
-
-
-def _metadata(reader: gguf.GGUFReader) -> dict[str, Any]:
-    try:
-        return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    except ValueError as error:  # text that is no UTF-8
-        raise BadInputError(f"the GGUF file's metadata cannot be read ({error}); download it again") from error
-
-
-def read_gguf_config(reader: gguf.GGUFReader) -> dict[str, Any]:
+def read_gguf_config(file: GgufModel) -> dict[str, Any]:
     """The Hugging Face configuration that the file's metadata describes.
 
     Raises:
         UnsupportedModelError: an unknown architecture, experts, or rotary frequencies that are not supported.
-        BadInputError: a hyper-parameter is missing or of another kind, or the file is a part of a model.
+        BadInputError: a hyper-parameter is missing or makes no sense, or the file is a part of a model.
     """
-    meta = _metadata(reader)
+    meta = file.metadata
     architecture = meta.get("general.architecture")
-    tensors = _Present((tensor.name, tensor) for tensor in reader.tensors)
+    _warn_if_quantized(file)
+    tensors = _Present(file.tensors.items())
     prefix = f"{architecture}."
     parameters = _Present(
         ((key.removeprefix(prefix), value) for key, value in meta.items() if key.startswith(prefix)), prefix
@@ -81,7 +63,7 @@ def read_gguf_config(reader: gguf.GGUFReader) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"GGUF architecture {architecture!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    if meta.get("split.count", 1) > 1:
+    if meta.get("split.count", 1) not in (0, 1):
         raise BadInputError(f"the GGUF file is one of {meta['split.count']} parts; merge them with llama-gguf-split")
     for key in ("block_count", "attention.head_count", "attention.head_count_kv"):
         found = parameters.get(key, 1)
@@ -93,10 +75,26 @@ def read_gguf_config(reader: gguf.GGUFReader) -> dict[str, Any]:
         )
     try:
         config = FAMILIES[architecture].config_from_gguf(parameters, tensors)
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise BadInputError(f"the GGUF file's hyper-parameters cannot be used: {error}") from error
+    check_hyperparameters(config, family_of(config), str(file.path))
     # An id that the file does not give is None: transformers' defaults belong to other vocabularies.
     return config | {key: meta.get(f"tokenizer.ggml.{name}_token_id") for key, name in _TOKEN_IDS.items()}
+
+
+def _warn_if_quantized(file: GgufModel) -> None:
+    """Files that other programs quantized are taken, being often all that there is of a model."""
+    counts: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        block, _ = GGML_QUANT_SIZES[tensor.type]
+        counts[tensor.type.name] += math.prod(tensor.shape) * (block > 1)
+    (name, count), *_ = counts.most_common(1) or [("", 0)]
+    if count:
+        logger.warning(
+            "%s is quantized to %s: what that lost stays lost; a file in F32, F16 or BF16 gives better results",
+            file.path,
+            name,
+        )
 
 
 def _check_dense(architecture: str, parameters: Mapping[str, Any], tensors: Iterable[str]) -> None:
@@ -113,7 +111,7 @@ def _check_dense(architecture: str, parameters: Mapping[str, Any], tensors: Iter
             )
 
 
-def read_gguf_weights(reader: gguf.GGUFReader, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def read_gguf_weights(file: GgufModel, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """All weights as a float32 state dictionary under Hugging Face's names.
 
     Raises:
@@ -123,16 +121,11 @@ def read_gguf_weights(reader: gguf.GGUFReader, config: Mapping[str, Any]) -> dic
     family = family_of(config)
     paths = family.gguf_paths()
     state = {}
-    for tensor in reader.tensors:
-        if tensor.name in family.gguf_rotary:
-            continue
-        name = _hugging_face_name(tensor.name, paths, family)
-        try:
-            weight = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise UnsupportedModelError(f"{tensor.name}: type {tensor.tensor_type.name} cannot be read") from error
-        weight = _as_hugging_face(tensor.name, np.array(weight, np.float32), family, config)
-        state[name] = torch.from_numpy(weight)
+    with np.errstate(all="ignore"):  # what is not finite is refused by name, once the model is there
+        for tensor in file.tensors.values():
+            if tensor.name not in family.gguf_rotary:
+                name = _hugging_face_name(tensor.name, paths, family)
+                state[name] = torch.from_numpy(_as_hugging_face(tensor.name, tensor.values(), family, config))
     return state
 
 

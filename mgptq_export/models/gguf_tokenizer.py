@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 from gguf import TokenType
 from tokenizers import AddedToken, Tokenizer, processors
 
@@ -17,26 +16,29 @@ from mgptq_export.gguf_pre_tokenizers import (
     pre_tokenizer_named,
     sentence_piece_normalizers,
 )
+from mgptq_export.models.gguf_file import GgufModel
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
+from mgptq_runtime.tokenizer import parse_tokenizer
 
 __all__ = ["write_gguf_tokenizer"]
 
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 SENTENCE_PIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # llama.cpp's, where the file gives none
+MAX_TOKEN_CHARACTERS = 1024  # every split of a token is tried for merges
 PADDING = re.compile(r"\[PAD\d+\]")
 # Special tokens that swallow the white space after them in Phi-3; llama.cpp knows the family by its name only.
 _KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 
 
-def write_gguf_tokenizer(path: Path, reader: gguf.GGUFReader, folder: Path) -> None:
+def write_gguf_tokenizer(file: GgufModel, folder: Path) -> None:
     """Write the tokenizer and chat template that the file carries as Hugging Face's files into ``folder``.
 
     Raises:
         BadInputError: the file carries no tokenizer, or a broken one.
         UnsupportedModelError: a kind of tokenizer, or a way to split words, that is not known here.
     """
-    meta = _metadata(reader)
-    if "tokenizer.ggml.tokens" not in meta:
+    path, meta = file.path, file.metadata
+    if not isinstance(meta.get("tokenizer.ggml.tokens"), list):
         raise BadInputError(f"{path} carries no tokenizer; use the model's Hugging Face folder instead")
     kind = meta.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
@@ -47,20 +49,17 @@ def write_gguf_tokenizer(path: Path, reader: gguf.GGUFReader, folder: Path) -> N
     pre = _pre_tokenizer(path, meta) if kind == "gpt2" else None
     try:
         model = _byte_level(meta, pre) if pre is not None else _sentence_piece(meta)
-        tokenizer = Tokenizer.from_str(json.dumps(model))
+        tokenizer = parse_tokenizer(json.dumps(model))
         ids = _special_ids(meta, kind)
         _add_tokens(tokenizer, meta)
         flags = _flags(meta, pre, ids)
         _add_post_processor(tokenizer, meta, flags, ids)
+        settings = _settings(meta, ids, flags)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise BadInputError(f"the tokenizer of {path} is broken: {error}; download the file again") from error
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_settings(folder, meta, ids, flags)
-
-
-def _metadata(reader: gguf.GGUFReader) -> dict[str, Any]:
-    wanted = ("tokenizer.", "general.name")
-    return {key: field.contents() for key, field in reader.fields.items() if key.startswith(wanted)}
+    for name, content in settings.items():
+        (folder / name).write_bytes(content)
 
 
 def _pre_tokenizer(path: Path, meta: Mapping[str, Any]) -> PreTokenizer:
@@ -77,6 +76,9 @@ def _pre_tokenizer(path: Path, meta: Mapping[str, Any]) -> PreTokenizer:
 def _pieces(meta: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Text and type of every token."""
     tokens = meta["tokenizer.ggml.tokens"]
+    longest = max(tokens, key=len, default="")
+    if len(longest) > MAX_TOKEN_CHARACTERS:
+        raise ValueError(f"a token has {len(longest)} characters, at most {MAX_TOKEN_CHARACTERS} are allowed")
     return list(zip(tokens, meta.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens)), strict=True))
 
 
@@ -173,7 +175,7 @@ def _special_ids(meta: Mapping[str, Any], kind: str) -> dict[str, int]:
         if (token := meta.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             ids[name] = int(token)
     size = len(meta["tokenizer.ggml.tokens"])
-    return {name: token for name, token in ids.items() if token < size}
+    return {name: token for name, token in ids.items() if 0 <= token < size}
 
 
 def _flags(meta: Mapping[str, Any], pre: PreTokenizer | None, ids: Mapping[str, int]) -> dict[str, bool]:
@@ -195,7 +197,8 @@ def _add_post_processor(
         tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
 
 
-def _write_settings(folder: Path, meta: Mapping[str, Any], ids: Mapping[str, int], flags: Mapping[str, bool]) -> None:
+def _settings(meta: Mapping[str, Any], ids: Mapping[str, int], flags: Mapping[str, bool]) -> dict[str, bytes]:
+    """Files beside ``tokenizer.json``: contents by name."""
     tokens = meta["tokenizer.ggml.tokens"]
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, gguf_name in SPECIAL_TOKENS.items():
@@ -207,8 +210,10 @@ def _write_settings(folder: Path, meta: Mapping[str, Any], ids: Mapping[str, int
     generation: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
     if "bos" in ids:
         generation["bos_token_id"] = ids["bos"]
-    for name, value in (("tokenizer_config", config), ("generation_config", generation)):
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files = {"tokenizer_config.json": _json(config), "generation_config.json": _json(generation)}
     template = meta.get("tokenizer.chat_template")
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return files if template is None else files | {"chat_template.jinja": template.encode()}
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,10 +1,10 @@
 """Loading the model to quantize: a Hugging Face folder or hub id, or a GGUF file."""
 
 import copy
-import json
 import logging
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,17 +17,23 @@ from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from mgptq_export.families import Family, GroupModules, family_of
-from mgptq_export.models import gguf_source
+from mgptq_export.models.folder import check_folder, check_small_files, read_config
+from mgptq_export.models.gguf_file import read_gguf_file
+from mgptq_export.models.gguf_source import read_gguf_config, read_gguf_weights
+from mgptq_export.models.gguf_tokenizer import write_gguf_tokenizer
+from mgptq_export.models.hyperparameters import COUNTS, check_hyperparameters
+from mgptq_export.models.weight_files import count_weights
 from mgptq_runtime.errors import BadInputError, NumericalError, UnsupportedModelError
 from mgptq_runtime.progress import Advance, track
 from mgptq_runtime.quantized_model import QuantizedModel
-from mgptq_runtime.strict_json import parse_json_object
+from mgptq_runtime.tokenizer import parse_tokenizer
 
 __all__ = ["SourceModel", "load_quantized_weights", "load_shape", "load_source"]
 
 logger = logging.getLogger(__name__)
 
 LOADING_STEPS = 4
+MAX_TOKENS = COUNTS["vocab_size"]
 
 
 @dataclass
@@ -103,7 +109,7 @@ def load_source(source: str, *, device: str = "cpu", trust_remote_code: bool = F
     disable_progress_bar()
     if device.split(":")[0] == "meta":
         raise BadInputError("device 'meta' cannot be used: it holds no values; choose cpu or cuda")
-    path = _model_path(source, weights=True)
+    path = _model_path(source, weights=True, code=trust_remote_code)
     with track("Loading the model", LOADING_STEPS) as advance:
         if path.is_file():
             loaded = _load_gguf(path, source, advance)
@@ -121,30 +127,25 @@ def load_source(source: str, *, device: str = "cpu", trust_remote_code: bool = F
 
 def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
     """Load a model's configuration and tokenizer: as :func:`load_source`, the model on the ``meta`` device."""
-    from transformers import AutoModelForCausalLM
-
-    path = _model_path(source, weights=False)
-    reader = gguf_source.open_gguf(path) if path.is_file() else None
-    config = _read_config(path) if reader is None else gguf_source.read_gguf_config(reader)
-    family = family_of(config)
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(**config), trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # a broken configuration raises many kinds
-        raise BadInputError(f"{source}: its configuration cannot be used: {error}") from error
-    family.prepare(model)
-    if reader is None:
+    path = _model_path(source, weights=False, code=trust_remote_code)
+    if path.is_dir():
+        config, family = _read_hugging_face(path)
+        model = _shape_of(config, path, trust_remote_code)
+        family.prepare(model)
         return SourceModel(_model_name(source), source, family, model, config, path, _read_tokenizer(path))
+    file = read_gguf_file(path)
+    config = read_gguf_config(file)
+    family = family_of(config)
+    model = _shape_of(config, path, trust_remote_code)
+    family.prepare(model)
     temporary = TemporaryDirectory(prefix="mgptq-tokenizer-")
     folder = Path(temporary.name)
-    gguf_source.write_gguf_tokenizer(path, reader, folder)
+    write_gguf_tokenizer(file, folder)
     tokenizer = _read_tokenizer(folder)
     return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer, temporary)
 
 
-def _model_path(source: str, *, weights: bool) -> Path:
+def _model_path(source: str, *, weights: bool, code: bool) -> Path:
     """The file or folder that a source names, fetched from the hub where it is an id."""
     path = Path(source)
     if path.is_file() or path.is_dir():
@@ -157,7 +158,7 @@ def _model_path(source: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.jinja", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.jinja", *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -208,20 +209,45 @@ def _check_complete(found: Mapping[str, Any], source: str) -> None:
     """Weights that are missing would silently be random ones."""
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if missing:
-        raise BadInputError(f"{source} lacks weights, or has them in other shapes: {', '.join(missing[:5])}")
+        raise BadInputError(
+            f"{source} cannot be loaded: it lacks weights, or has them in other shapes: {', '.join(missing[:5])}; "
+            "download the model again"
+        )
+
+
+def _check_size(shape: nn.Module, held: int, source: str) -> None:
+    """Memory is taken for missing weights too, before :func:`_check_complete` can name them."""
+    needed = sum(parameter.numel() for parameter in shape.parameters())
+    if needed > 2 * held:
+        raise BadInputError(
+            f"{source} cannot be loaded: its configuration describes {needed} weights, its files hold {held}; "
+            "download the model again"
+        )
+
+
+def _check_unused(names: Iterable[str], config: Any, source: str) -> None:
+    """Weights of a layer that transformers' model has no place for would silently be left out: biases, mostly."""
+    layers = tuple(f"model.layers.{index}." for index in range(config.num_hidden_layers))
+    extra = sorted(name for name in names if name.startswith(layers))
+    if extra:
+        raise UnsupportedModelError(
+            f"{source} holds weights that a {config.model_type} model does not have: {', '.join(extra[:5])}"
+        )
 
 
 def _load_gguf(path: Path, source: str, advance: Advance) -> SourceModel:
     import transformers
 
-    reader = gguf_source.open_gguf(path)
-    config = gguf_source.read_gguf_config(reader)
+    file = read_gguf_file(path)
+    config = read_gguf_config(file)
     family = family_of(config)
     temporary = TemporaryDirectory(prefix="mgptq-tokenizer-")
     folder = Path(temporary.name)
-    gguf_source.write_gguf_tokenizer(path, reader, folder)
+    write_gguf_tokenizer(file, folder)
+    tokenizer = _read_tokenizer(folder)
     advance()
-    state = gguf_source.read_gguf_weights(reader, config)
+    state = read_gguf_weights(file, config)
+    _check_size(_shape_of(config, path, False), sum(weight.numel() for weight in state.values()), source)
     advance()
     try:
         result: Any = getattr(transformers, family.architecture).from_pretrained(
@@ -232,14 +258,13 @@ def _load_gguf(path: Path, source: str, advance: Advance) -> SourceModel:
             output_loading_info=True,
         )
     except Exception as error:  # broken hyper-parameters raise many kinds
-        raise BadInputError(f"{path}: the weights do not fit the hyper-parameters ({error})") from error
+        raise BadInputError(f"{path}: the weights do not fit the hyper-parameters ({_one_line(error)})") from error
     model, found = result
     _check_complete(found, source)
     if found["unexpected_keys"]:
         # Weights that transformers' model has no place for would silently be left out: biases, mostly.
         extra = ", ".join(sorted(found["unexpected_keys"])[:5])
         raise UnsupportedModelError(f"{path} holds weights that a {family.name} model does not have: {extra}")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     advance()
     return SourceModel(_model_name(source), source, family, model, model.config.to_dict(), folder, tokenizer, temporary)
 
@@ -247,69 +272,74 @@ def _load_gguf(path: Path, source: str, advance: Advance) -> SourceModel:
 def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool, advance: Advance) -> SourceModel:
     from transformers import AutoModelForCausalLM
 
-    config = _read_config(folder)
-    family = family_of(config)
-    if not list(folder.glob("*.safetensors")):
-        raise BadInputError(f"{folder} holds no .safetensors weights; pickled weights are not read, convert them first")
+    config, family = _read_hugging_face(folder)
+    if "auto_map" in config and not trust_remote_code:
+        logger.warning("%s brings code of its own, which is not run: transformers' own %s is", source, family.name)
+    tokenizer = _read_tokenizer(folder)
+    _check_size(_shape_of(config, folder, trust_remote_code), count_weights(folder), source)
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=AutoConfig.for_model(**config),
             dtype=torch.float32,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     except Exception as error:  # a broken configuration or weight file raises many kinds
-        raise BadInputError(f"{folder} cannot be loaded: {error}") from error
+        raise BadInputError(f"{folder} cannot be loaded: {_one_line(error)}") from error
     model, found = result
     _check_complete(found, source)
+    _check_unused(found["unexpected_keys"], model.config, source)
     advance()
-    return SourceModel(_model_name(source), source, family, model, config, folder, _read_tokenizer(folder))
+    return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer)
+
+
+def _read_hugging_face(folder: Path) -> tuple[dict[str, Any], Family]:
+    """The configuration of a folder, and the family that it names."""
+    check_folder(folder)
+    config = read_config(folder)
+    family = family_of(config)
+    check_hyperparameters(config, family, str(folder / "config.json"))
+    return config, family
+
+
+def _shape_of(config: Mapping[str, Any], path: Path, trust_remote_code: bool) -> Any:
+    """The model of a configuration on the ``meta`` device.
+
+    Args:
+        path: of the model, whose code is taken if it is trusted.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**config, name_or_path=str(path)), trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a broken configuration raises many kinds
+        raise BadInputError(f"{path}: its configuration cannot be used: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """What a library says, without line breaks and its inner stack."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...")
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer | None:
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        _check_json_object(folder / name)
-    _check_text(folder / "chat_template.jinja")
+    check_small_files(folder)
     tokenizer_file = folder / "tokenizer.json"
     if not tokenizer_file.is_file():
         logger.warning("%s has no tokenizer.json: packages will only take token ids", folder)
         return None
     try:
-        return Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise BadInputError(f"{tokenizer_file} cannot be read: {error}") from error
-
-
-def _check_text(path: Path) -> None:
-    if not path.exists():
-        return
-    try:
-        path.read_text(encoding="utf-8")
+        tokenizer = parse_tokenizer(tokenizer_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInputError(f"{path} cannot be read: {error}; mend or remove it") from error
-
-
-def _check_json_object(path: Path) -> None:
-    if not path.exists():
-        return
-    try:
-        parse_json_object(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{path} cannot be read: {error}; mend or remove it") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInputError(f"{folder} holds no config.json: not a Hugging Face model folder") from error
-    except OSError as error:
-        raise BadInputError(f"{folder / 'config.json'} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise BadInputError(f"{folder / 'config.json'} is not a JSON object")
-    if "quantization_config" in config:
-        raise BadInputError(f"{folder} is quantized already; start from the original model")
-    return config
+        raise BadInputError(f"{tokenizer_file} cannot be read: {error}; mend or remove it") from error
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= MAX_TOKENS:  # the library takes time and memory for every id below it
+        raise BadInputError(
+            f"{tokenizer_file} has token id {highest}, ids end at {MAX_TOKENS - 1}; take the tokenizer of this model"
+        )
+    return tokenizer

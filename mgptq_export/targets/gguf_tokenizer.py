@@ -275,7 +275,7 @@ def _special_token_ids(files: _Files, vocabulary_size: int) -> dict[str, int]:
             candidates = [token for token in candidates if token < vocabulary_size]
         if candidates:
             ids[gguf_name] = candidates[0]
-    ends = [token for token in files.listed_ids("eos") if token != ids.get("eos")]
+    ends = [token for token in files.listed_ids("eos") if token != ids.get("eos") and token < vocabulary_size]
     turn = next((token for token in ends if files.tokenizer.id_to_token(token) in END_OF_TURN), None)
     if turn is not None:
         ids["eot"] = turn

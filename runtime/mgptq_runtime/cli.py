@@ -3,15 +3,15 @@
 import errno
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from mgptq_runtime.errors import MgptqError
+from mgptq_runtime.messages import error_message, printable
 from mgptq_runtime.signals import exit_on_signals
 
 if TYPE_CHECKING:
@@ -21,21 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["cli", "main"]
 
 
-MAX_MESSAGE = 4000
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def _printable(text: str) -> str:
-    """Text of a stranger without what a terminal would obey: control characters but tabs and line ends are escaped."""
-    return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
-
-
-def _message(error: Exception) -> str:
-    """An error's text, its middle left out where a stranger's file made it endless."""
-    text = str(error)
-    if len(text) > MAX_MESSAGE:
-        text = f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 2 :]}"
-    return _printable(text)
+def _fail(ctx: click.Context, message: str) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    ctx.exit(1)
 
 
 class ErrorReportingGroup(click.Group):
@@ -45,16 +33,17 @@ class ErrorReportingGroup(click.Group):
         try:
             return super().invoke(ctx)
         except MgptqError as error:
-            raise click.ClickException(_message(error)) from error
+            _fail(ctx, error_message(error))
         except MemoryError as error:
-            raise click.ClickException(
-                f"this machine has too little memory for that ({_message(error) or 'no details'}); "
-                "free some, use a shorter text, or run a smaller model"
-            ) from error
+            _fail(
+                ctx,
+                f"this machine has too little memory for that ({error_message(error) or 'no details'}); "
+                "free some, use a shorter text, or run a smaller model",
+            )
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            raise click.ClickException(_message(error)) from error
+            _fail(ctx, error_message(error))
 
 
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -202,7 +191,7 @@ def generate(
         )
         return
     for piece in tokenizer.decode_stream(tokens):
-        click.echo(_printable(piece) if sys.stdout.isatty() else piece, nl=False)
+        click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
     click.echo()
 
 
@@ -292,9 +281,9 @@ def info(package: Path, as_json: bool) -> None:
     for key, value in facts.items():
         if key == "files":
             for entry in value:
-                click.echo(f"{entry['bytes']:>14,} bytes  {_printable(entry['path'])}")
+                click.echo(f"{entry['bytes']:>14,} bytes  {printable(entry['path'])}")
         else:
-            click.echo(f"{key}: {_printable(value) if isinstance(value, str) else json.dumps(value)}")
+            click.echo(f"{key}: {printable(value) if isinstance(value, str) else json.dumps(value)}")
 
 
 def main() -> None:

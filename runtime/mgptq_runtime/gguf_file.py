@@ -17,7 +17,18 @@ import numpy as np
 from mgptq_runtime.errors import ContainerError
 from mgptq_runtime.files import Buffer, map_whole, open_regular
 
-__all__ = ["ALIGNMENT", "WAY_OUT", "GGUFFile", "MetadataValue", "TensorInfo", "map_gguf", "parse_gguf", "read_gguf"]
+__all__ = [
+    "ALIGNMENT",
+    "WAY_OUT",
+    "Cursor",
+    "GGUFFile",
+    "MetadataValue",
+    "TensorInfo",
+    "map_gguf",
+    "parse_gguf",
+    "read_gguf",
+    "read_metadata",
+]
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -120,8 +131,14 @@ class GGUFFile:
         return flat.reshape(info.shape)
 
 
-class _Cursor:
-    """Reads forward through the file and never past its end."""
+class Cursor:
+    """Reads forward through the file and never past its end.
+
+    What it reads is named by ``what`` in messages.
+
+    Raises:
+        ContainerError: what is asked for is not there; the text names the byte offset.
+    """
 
     def __init__(self, path: Path, buffer: Buffer) -> None:
         self.path = path
@@ -182,7 +199,7 @@ class _Cursor:
         return [self.string(entry) for _ in range(count)]
 
 
-def _value_type_name(cursor: _Cursor, value_type: int, what: str) -> str:
+def _value_type_name(cursor: Cursor, value_type: int, what: str) -> str:
     if value_type == STRING:
         return "string"
     if value_type not in SCALAR_TYPES:
@@ -191,7 +208,7 @@ def _value_type_name(cursor: _Cursor, value_type: int, what: str) -> str:
     return SCALAR_TYPES[value_type][0]
 
 
-def _read_value(cursor: _Cursor, key: str) -> MetadataValue:
+def _read_value(cursor: Cursor, key: str) -> MetadataValue:
     what = f"key {key!r}"
     value_type = cursor.unpack("I", f"the type of {what}")
     offset = cursor.offset
@@ -208,7 +225,12 @@ def _read_value(cursor: _Cursor, key: str) -> MetadataValue:
     return MetadataValue(name, cursor.scalars(value_type, 1, what)[0].item(), offset)
 
 
-def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
+def read_metadata(cursor: Cursor, count: int) -> dict[str, MetadataValue]:
+    """The next ``count`` entries of metadata, by key.
+
+    Raises:
+        ContainerError: broken or duplicate ones.
+    """
     metadata: dict[str, MetadataValue] = {}
     for i in range(count):
         start = cursor.offset
@@ -219,7 +241,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
     return metadata
 
 
-def _read_tensor_info(cursor: _Cursor, index: int) -> TensorInfo:
+def _read_tensor_info(cursor: Cursor, index: int) -> TensorInfo:
     """One table entry; its offset is still relative to the data section."""
     name = cursor.string(f"the name of tensor {index}", MAX_TENSOR_NAME_BYTES)
     what = f"tensor {name!r}"
@@ -237,7 +259,7 @@ def _read_tensor_info(cursor: _Cursor, index: int) -> TensorInfo:
     return TensorInfo(name, TENSOR_TYPES[tensor_type][0], shape[::-1], offset)
 
 
-def _read_tensor_table(cursor: _Cursor, count: int) -> list[tuple[TensorInfo, int]]:
+def _read_tensor_table(cursor: Cursor, count: int) -> list[tuple[TensorInfo, int]]:
     """Table entries, each with the file position of its entry."""
     table: list[tuple[TensorInfo, int]] = []
     names: set[str] = set()
@@ -255,7 +277,7 @@ def _aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
-def _place_tensors(cursor: _Cursor, table: list[tuple[TensorInfo, int]]) -> dict[str, TensorInfo]:
+def _place_tensors(cursor: Cursor, table: list[tuple[TensorInfo, int]]) -> dict[str, TensorInfo]:
     """Check that the tensors fill the data section in order, without gap or overlap, and the file ends there."""
 
     def check_padding(start: int) -> int:
@@ -310,7 +332,7 @@ def _describe(found: MetadataValue | None) -> str:
     return f"an {found.type}" if found.type.startswith("array") else repr(found.value)
 
 
-def _check_architecture(cursor: _Cursor, metadata: Mapping[str, MetadataValue], architecture: str) -> None:
+def _check_architecture(cursor: Cursor, metadata: Mapping[str, MetadataValue], architecture: str) -> None:
     """Before the tensors, so that a sound GGUF file of another kind gets this answer."""
     found = metadata.get("general.architecture")
     if found is None or found.type != "string" or found.value != architecture:
@@ -321,7 +343,7 @@ def _check_architecture(cursor: _Cursor, metadata: Mapping[str, MetadataValue], 
         )
 
 
-def _check_alignment(cursor: _Cursor, metadata: Mapping[str, MetadataValue]) -> None:
+def _check_alignment(cursor: Cursor, metadata: Mapping[str, MetadataValue]) -> None:
     found = metadata.get("general.alignment")
     if found is not None and (found.type != "uint32" or found.value != ALIGNMENT):
         cursor.fail(
@@ -347,7 +369,7 @@ def parse_gguf(path: Path, buffer: Buffer, architecture: str) -> GGUFFile:
         ContainerError: the file breaks a rule of FORMAT.md, section "File"; the text names the byte offset, what was
             found and what is allowed.
     """
-    cursor = _Cursor(path, buffer)
+    cursor = Cursor(path, buffer)
     if buffer[:4] != MAGIC:
         cursor.fail(f"found {buffer[:4]!r}, a container starts with {MAGIC!r}")
     cursor.offset = 4
@@ -362,7 +384,7 @@ def parse_gguf(path: Path, buffer: Buffer, architecture: str) -> GGUFFile:
     key_count = cursor.unpack("Q", "the number of metadata keys")
     if key_count > MAX_METADATA_KEYS:
         cursor.fail(f"{key_count} metadata keys, at most {MAX_METADATA_KEYS} are allowed", 16)
-    metadata = _read_metadata(cursor, key_count)
+    metadata = read_metadata(cursor, key_count)
     _check_architecture(cursor, metadata, architecture)
     _check_alignment(cursor, metadata)
     tensors = _place_tensors(cursor, _read_tensor_table(cursor, tensor_count))

@@ -55,8 +55,8 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if path.suffix != ".jsonl":
+        raise BadInputError(f"{path} cannot be read as UTF-8 text: {error}; give a text file in UTF-8") from error
+    if path.suffix.lower() != ".jsonl":
         return content.replace("\r\n", "\n").replace("\r", "\n")
     lines = enumerate(content.split("\n"), start=1)
     return "\n\n".join(_document(path, number, line) for number, line in lines if line.strip())

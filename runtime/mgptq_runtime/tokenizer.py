@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from mgptq_runtime.chat_template import render_chat_template
 from mgptq_runtime.errors import BadInputError, PackageError
 
-__all__ = ["TextTokenizer", "TokenizerData"]
+__all__ = ["TextTokenizer", "TokenizerData", "encode_text", "parse_tokenizer"]
 
 REPLACEMENT = "�"
 WAY_OUT = "export the package again"
@@ -44,45 +44,60 @@ def _special_token_text(config: Mapping[str, Any], key: str) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def parse_tokenizer(tokenizer_json: str) -> Tokenizer:
+    """A tokenizer of the text of ``tokenizer.json``.
+
+    Raises:
+        ValueError: the library cannot use it, or its steps together make a text of any length out of a short one.
+    """
+    with _library_errors(ValueError, "{}"):
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+        growths = {"normalizer": _growth(tokenizer.normalizer), "decoder": _growth(tokenizer.decoder)}
+    for name, growth in growths.items():
+        if growth > MAX_GROWTH:
+            raise ValueError(
+                f"its {name} can make a text {min(growth, 10**9)} times as long or more, {MAX_GROWTH} times is allowed"
+            )
+    return tokenizer
+
+
 @contextlib.contextmanager
-def _typed_errors() -> Iterator[None]:
-    """Whatever the library raises becomes a :class:`PackageError`."""
+def _library_errors(kind: type[Exception], message: str) -> Iterator[None]:
+    """Whatever the library raises becomes an error of this kind; ``{}`` in the message stands for its text."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in the library's Rust code derives from BaseException
-        raise PackageError(f"the tokenizer cannot be used: {error}; {WAY_OUT}") from error
+        raise kind(message.format(error)) from error
 
 
-def _growth(step: Mapping[str, Any]) -> int:
-    """At most how many times as long as its input a normalizer's or a decoder's output is."""
+def _growth(part: Any) -> int:
+    """At most how many times as long as its input a normalizer's or a decoder's output is; 1 where there is none."""
+    return 1 if part is None else _growth_of_step(json.loads(part.__getstate__()))
+
+
+def _growth_of_step(step: Mapping[str, Any]) -> int:
     growth = 1
     for inner in step.get("normalizers") or step.get("decoders") or ():
-        growth *= _growth(inner)
+        growth *= _growth_of_step(inner)
     content = step.get("content") or step.get("prepend") or ""
     return growth * max(1, len(content.encode())) * GROWTH_OF_STEPS.get(step["type"], 1)
 
 
-def _check_growth(part: Any, name: str) -> None:
-    """Refuse steps that together make a text of any length out of a short one."""
-    if part is None:
-        return
-    growth = _growth(json.loads(part.__getstate__()))
-    if growth > MAX_GROWTH:
-        raise PackageError(
-            f"the tokenizer's {name} can make a text {min(growth, 10**9)} times as long or more, "
-            f"{MAX_GROWTH} times is allowed; {WAY_OUT}"
-        )
+def encode_text(tokenizer: Tokenizer, text: str, *, special_tokens: bool = False) -> list[int]:
+    """Token ids of a text.
 
+    Args:
+        special_tokens: add what the tokenizer puts around a text, such as a beginning-of-text token.
 
-def _parse(tokenizer_json: str) -> Tokenizer:
-    with _typed_errors():
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-        parts = {"normalizer": tokenizer.normalizer, "decoder": tokenizer.decoder}
-    for name, part in parts.items():
-        _check_growth(part, name)
-    return tokenizer
+    Raises:
+        BadInputError: the text is not Unicode, or the tokenizer has no tokens for it.
+    """
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadInputError("the text holds bytes that are not UTF-8; give UTF-8 text")
+    with _library_errors(BadInputError, "the tokenizer cannot read the text: {}; take the model's own tokenizer"):
+        return tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
 
 class TextTokenizer:
@@ -96,7 +111,10 @@ class TextTokenizer:
     """
 
     def __init__(self, data: TokenizerData, vocabulary_size: int) -> None:
-        self._tokenizer = _parse(data.tokenizer_json)
+        try:
+            self._tokenizer = parse_tokenizer(data.tokenizer_json)
+        except ValueError as error:
+            raise PackageError(f"the tokenizer cannot be used: {error}; {WAY_OUT}") from error
         self._data = data
         highest = max(self._tokenizer.get_vocab().values(), default=-1)
         if highest >= vocabulary_size:
@@ -122,13 +140,9 @@ class TextTokenizer:
             special_tokens: add what the tokenizer puts around a text, such as a beginning-of-text token.
 
         Raises:
-            BadInputError: text that is not Unicode.
-            PackageError: a tokenizer that fails on it.
+            BadInputError: the text is not Unicode, or the tokenizer has no tokens for it.
         """
-        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise BadInputError("the text holds bytes that are not UTF-8; give UTF-8 text")
-        with _typed_errors():
-            return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        return encode_text(self._tokenizer, text, special_tokens=special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out.
@@ -136,7 +150,7 @@ class TextTokenizer:
         Raises:
             PackageError: a tokenizer that fails on them.
         """
-        with _typed_errors():
+        with _library_errors(PackageError, f"the tokenizer cannot be used: {{}}; {WAY_OUT}"):
             return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:

@@ -1,5 +1,8 @@
 """Tiny models and packages that the workstation's tests share; each is made once."""
 
+import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import tiny_models
 import torch
 from small_runs import EVEN, RECIPE, Package, Quantized
 
+from mgptq_export import cli as command
 from mgptq_export import pipeline
 from mgptq_export.models import load_source
 from mgptq_export.quantize import quantize
@@ -65,3 +69,29 @@ def package(request: pytest.FixtureRequest, text_file: Path, tmp_path_factory: p
     folder = tmp_path_factory.mktemp("packages") / request.param
     manifest = pipeline.run(str(model), folder, RECIPE, ["container", "onnx"], text=text)
     return Package(folder, manifest, model, text)
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The entry point in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mgptq-export", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            command.main()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def folder(odd_model: Path, tmp_path: Path) -> Path:
+    """A model folder to break, alone in its parent folder."""
+    (tmp_path / "models").mkdir()
+    return Path(shutil.copytree(odd_model, tmp_path / "models" / "model"))

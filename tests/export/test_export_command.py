@@ -34,25 +34,6 @@ def invoke_json(*arguments: object) -> dict:
     return json.loads(result.stdout)
 
 
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The entry point in this process: exit code, stdout, stderr."""
-    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mgptq-export", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            command.main()
-            code = 0
-        except SystemExit as stopped:
-            code = stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def made(even_model, tmp_path_factory) -> Path:
     """A package that the command made. Tests only read it."""

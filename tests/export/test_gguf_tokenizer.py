@@ -20,6 +20,7 @@ from tokenizers.normalizers import Replace
 
 from mgptq_export.checkpoint import Checkpoint
 from mgptq_export.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from mgptq_export.models.gguf_file import read_gguf_file
 from mgptq_export.models.gguf_tokenizer import write_gguf_tokenizer
 from mgptq_export.targets.container import write_container
 from mgptq_export.targets.gguf_tokenizer import add_tokenizer
@@ -125,7 +126,7 @@ def write_file(path: Path, folder: Path, rows: int = 1300, config: dict[str, Any
 
 def read_back(path: Path, folder: Path) -> Tokenizer:
     folder.mkdir()
-    write_gguf_tokenizer(path, gguf.GGUFReader(path), folder)
+    write_gguf_tokenizer(read_gguf_file(path), folder)
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -430,7 +431,7 @@ def test_gguf_tokenizers_that_cannot_be_read_are_refused(
 ) -> None:
     path = write_metadata(tmp_path / "a.gguf", **values)
     with pytest.raises(error, match=message):
-        write_gguf_tokenizer(path, gguf.GGUFReader(path), tmp_path)
+        write_gguf_tokenizer(read_gguf_file(path), tmp_path)
 
 
 def test_a_gguf_file_without_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -439,7 +440,7 @@ def test_a_gguf_file_without_tokenizer_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(BadInputError, match="carries no tokenizer"):
-        write_gguf_tokenizer(tmp_path / "a.gguf", gguf.GGUFReader(tmp_path / "a.gguf"), tmp_path)
+        write_gguf_tokenizer(read_gguf_file(tmp_path / "a.gguf"), tmp_path)
 
 
 @pytest.mark.slow

@@ -259,7 +259,7 @@ def checkpoint(odd_model, odd_quantized, tmp_path) -> Path:
         odd_quantized.result.model,
         name="tiny",
         config=odd_quantized.source.config,
-        recipe={},
+        recipe={"bits": 2.5},
         tokenizer_folder=odd_model,
     )
     return tmp_path / "quantized"

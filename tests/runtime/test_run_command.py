@@ -111,7 +111,7 @@ def test_a_failure_is_one_message_on_stderr_and_exit_code_1(tmp_path, command):
     result = run(command, tmp_path / "missing", "--json")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("Error: ") and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
 
 
 def test_text_needs_a_tokenizer(tmp_path):
@@ -131,6 +131,19 @@ def test_a_signal_ends_a_command_with_its_code(folder, number, code):
     )
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "interrupted\n")
+
+
+def test_a_hangup_that_is_ignored_already_stays_ignored():
+    script = (
+        "import os, signal\n"
+        "from mgptq_runtime.signals import exit_on_signals\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "exit_on_signals()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print('still here')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
 def test_the_installed_module_runs_and_imports_nothing_of_the_workstation(folder):

@@ -1,12 +1,8 @@
-"""Tokens, streaming and chat templates."""
-
-import json
-import time
+"""Tokens, streaming and conversations."""
 
 import pytest
 from golden_package import TEXT, make_tokenizer_folder
 
-from mgptq_runtime.chat_template import render_chat_template
 from mgptq_runtime.errors import BadInputError, PackageError
 from mgptq_runtime.tokenizer import TextTokenizer, TokenizerData
 
@@ -76,31 +72,3 @@ def test_chat_applies_the_template_and_its_special_tokens(tokenizer_json):
     ids = text.encode_chat(MESSAGES)
     assert (ids[0], ids[-1]) == (0, 1)
     assert text.decode(ids) == "Hi"
-
-
-def test_a_template_sees_what_hugging_face_templates_use():
-    template = "{{ messages | tojson }} {%- for m in messages %}{% if loop.first %}{% break %}{% endif %}{% endfor %}"
-    assert json.loads(render_chat_template(template, MESSAGES, {})) == MESSAGES
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ cycler.__init__.__globals__.os.system('true') }}",
-        "{{ raise_exception('no') }}",
-        "{% for",
-        "{% include '/etc/passwd' %}",
-        "{{ 'x' * 10**10 }}",
-        "{{ '%0999999999d' | format(1) }}",
-        "{% for i in range(90000) %}{{ 'x' * 100 }}{% endfor %}",
-        "{{ 7 ** (10 ** 9) }}",
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    ],
-)
-def test_a_hostile_template_is_a_typed_error_in_bounded_time(template):
-    start = time.monotonic()
-    with pytest.raises(PackageError, match="chat template"):
-        render_chat_template(template, MESSAGES, {})
-    assert time.monotonic() - start < 10

@@ -1,0 +1,67 @@
+"""Texts to calibrate and evaluate with that are no texts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bad_files import (
+    config,
+)
+from small_runs import RECIPE
+
+from mgptq_export.calibration.text import calibration_tokens, file_tokens
+from mgptq_export.models import load_source
+from mgptq_runtime.errors import BadInputError
+
+
+@pytest.fixture(scope="module")
+def source(odd_model: Path) -> Any:
+    return load_source(str(odd_model))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "holds no text; give a .txt file in UTF-8, or a .jsonl file"),
+        ("a.jsonl", b"\n\n", "holds no text"),
+        ("a.txt", b"\x7fELF\x02\xff", "cannot be read as UTF-8 text.*give a text file in UTF-8"),
+        ("a.txt", "text".encode("utf-16"), "cannot be read as UTF-8 text"),
+        ("a.txt", b"\0" * 100, "holds zero bytes, so it is no text; give"),
+        ("a.jsonl", b'{"text": "a"}\n{"words": "b"}\n', r"line 2: not a JSON object with a field 'text'"),
+        ("a.JSONL", b'{"text": 5}\n', "line 1: the field 'text' is int, it must be a string"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n', "line 1: .*duplicate key 'text'"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: .*half a surrogate pair"),
+        ("a.jsonl", b'{"text":' * 100_000, "line 1: .*nested too deeply"),
+        ("missing.txt", None, "missing.txt cannot be read"),
+    ],
+)
+def test_bad_texts_are_refused(source: Any, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    for read in (
+        lambda: file_tokens(tmp_path / name, source),
+        lambda: calibration_tokens(source, replace(RECIPE, calibration=str(tmp_path / name))),
+    ):
+        with pytest.raises(BadInputError, match=message):
+            read()
+
+
+def test_a_folder_is_no_text(source: Any, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=r"is a folder; give a \.txt file"):
+        calibration_tokens(source, replace(RECIPE, calibration=str(tmp_path)))
+
+
+def test_a_tokenizer_without_tokens_for_a_text_is_refused(folder: Path, text_file: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(BadInputError, match=r"the tokenizer cannot read the text: .*UNK"):
+        file_tokens(text_file, load_source(str(folder)))
+
+
+def test_an_end_of_text_beyond_the_vocabulary_is_no_obstacle(folder: Path) -> None:
+    config(eos_token_id=[2, 10**9, -1])(folder)
+    recipe = replace(RECIPE, samples=1, sequence_length=8)
+    tokens = calibration_tokens(load_source(str(folder)), recipe)
+    assert tokens.shape == (1, 8) and 2 not in tokens[0, 1:]
