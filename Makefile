@@ -9,6 +9,8 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT ?= 20000
 
 SECONDS_OF_FUZZING ?= 600
+PYTEST := $(BIN)/python -m pytest
+IN_PARALLEL := -n auto --maxprocesses 4
 
 .PHONY: setup demo test quick fuzz lint clean
 
@@ -27,11 +29,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The real model's tests use all cores themselves.
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) $(IN_PARALLEL) --ignore tests/real
+	$(PYTEST) tests/real
 
 quick: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) $(IN_PARALLEL) -m "not slow"
 
 fuzz: setup
 	$(BIN)/python tools/fuzz_container.py --seconds $(SECONDS_OF_FUZZING)
