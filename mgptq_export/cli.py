@@ -81,6 +81,12 @@ TARGETS = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device, such as cpu or cuda.")
 THREADS = click.option("--threads", type=click.IntRange(1, 256), help="CPU threads. [default: all cores]")
+MAX_MEMORY = click.option(
+    "--max-memory",
+    callback=_bytes,
+    help="Such as 8GB. Where a run needs more, weights and the like lie in files beside OUT, and are read as they are "
+    "needed. [default: 80 % of what is free]",
+)
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings.")
 GGML_TYPES = click.option(
     "--ggml-types",
@@ -163,6 +169,7 @@ def cli(verbose: bool) -> None:
 @THREADS
 @OVERWRITE
 @RESUME
+@MAX_MEMORY
 @TRUST
 @JSON
 def run(
@@ -176,6 +183,7 @@ def run(
     threads: int | None,
     overwrite: bool,
     resume: bool,
+    max_memory: int | None,
     trust_remote_code: bool,
     as_json: bool,
     **recipe: Any,
@@ -194,6 +202,7 @@ def run(
         device=device,
         overwrite=overwrite,
         resume=resume,
+        max_memory=max_memory,
         trust_remote_code=trust_remote_code,
     )
     _print_manifest(manifest, out, as_json)
@@ -208,6 +217,7 @@ def run(
 @THREADS
 @OVERWRITE
 @RESUME
+@MAX_MEMORY
 @TRUST
 @JSON
 def quantize(
@@ -218,6 +228,7 @@ def quantize(
     threads: int | None,
     overwrite: bool,
     resume: bool,
+    max_memory: int | None,
     trust_remote_code: bool,
     as_json: bool,
     **recipe: Any,
@@ -236,6 +247,7 @@ def quantize(
         device=device,
         overwrite=overwrite,
         resume=resume,
+        max_memory=max_memory,
         trust_remote_code=trust_remote_code,
     )
     _print_manifest(manifest, out, as_json)

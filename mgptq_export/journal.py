@@ -53,13 +53,18 @@ class Journal:
         return self._folder is None or not any(self._folder.rglob("*.safetensors"))
 
     def once(self, name: str, make: Callable[[], Record]) -> Record:
-        """The record of this name; made, and kept, where there is none."""
-        known = self.get(name)
-        if known is not None:
-            return known
-        made = make()
-        self.put(name, made)
-        return made
+        """The record of this name; made, and kept, where there is none.
+
+        Of what is kept, arrays are parts of the file, which take memory as they are used.
+        """
+        if name not in self:
+            made = make()
+            if self._folder is None:
+                return made
+            self.put(name, made)
+        found = self.get(name)
+        assert found is not None
+        return found
 
     def get(self, name: str) -> Record | None:
         """The record of this name, or None.
@@ -71,9 +76,10 @@ class Journal:
             return None
         path = self._path(name)
         try:
-            with safe_open(path, framework="numpy") as file:
+            with safe_open(path, framework="pt") as file:
                 names = file.keys()
-                return Record({name: file.get_tensor(name) for name in names}, json.loads(file.metadata()[FACTS]))
+                arrays = {name: file.get_tensor(name).numpy() for name in names}
+                return Record(arrays, json.loads(file.metadata()[FACTS]))
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise BadInputError(f"{path} is damaged ({error}); start anew with --overwrite") from error
 

@@ -26,7 +26,8 @@ from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_window
 from mgptq_export.golden import make_golden
 from mgptq_export.journal import Journal, Record
 from mgptq_export.layouts import COLUMNS, LAYOUTS, Calibration, Layout
-from mgptq_export.models import SourceModel, load_quantized_weights, load_source
+from mgptq_export.memory import memory_for, typed_memory_errors
+from mgptq_export.models import SourceModel, count_model_weights, load_quantized_weights, load_source
 from mgptq_export.output import MANIFEST_KEYS, new_folder, unfinished_run
 from mgptq_export.planning import bits_for_size
 from mgptq_export.quantize import Repairs, calibrate, check_budget, quantize
@@ -90,6 +91,7 @@ def run(
     device: str = "cpu",
     overwrite: bool = False,
     resume: bool = False,
+    max_memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Quantize a model, once for each layout of weights that the targets want, and export it.
@@ -105,6 +107,8 @@ def run(
         device: a torch device.
         overwrite: replace ``out``, and start anew where a run for it was stopped.
         resume: go on where a run for ``out`` was stopped.
+        max_memory: bytes; where the model needs more, what is not in use lies in files beside ``out``. None for most
+            of what is available.
 
     Returns:
         the manifest.
@@ -113,8 +117,9 @@ def run(
         MgptqError: see :mod:`mgptq_runtime.errors`; no package is left behind.
     """
     layouts = _layouts_of(targets)
-    with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way:
-        source = load_source(model, device=device, trust_remote_code=trust_remote_code)
+    with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way, typed_memory_errors():
+        memory = memory_for(count_model_weights(model), under_way.folder.parent, max_memory)
+        source = load_source(model, device=device, trust_remote_code=trust_remote_code, memory=memory)
         for target in targets:
             target_named(target).check_config(source.model.config)
         recipes = _layout_recipes(source, recipe, targets)
@@ -489,6 +494,7 @@ def _identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> di
         "targets": list(targets),
         "threads": torch.get_num_threads(),
         "device": str(source.model.device),
+        "sequences_at_once": source.memory.sequences_at_once,
         "versions": _versions(),
     }
 
@@ -498,6 +504,7 @@ def _weights_sha256(source: SourceModel) -> str:
     for name, tensor in sorted(source.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().cpu().numpy())
+        source.memory.release(tensor)
     return digest.hexdigest()
 
 

@@ -1,9 +1,7 @@
 """Quantizing a model: calibrate, allocate, solve. Everything here works on a model in memory."""
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -14,19 +12,18 @@ from torch import nn
 
 from mgptq_export.allocation import Trial
 from mgptq_export.calibration import (
-    HessianAccumulator,
+    GroupStatistics,
+    LayerFlow,
     ModelStatistics,
     attribute,
     calibration_tokens,
     collect_statistics,
 )
 from mgptq_export.checkpoint import pack_group, unpack_group
-from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.families import GroupModules
-from mgptq_export.hooks import hooked
 from mgptq_export.journal import FORGETFUL, Journal, Record
 from mgptq_export.layouts import COLUMNS, Allocated, Calibration, Layout
-from mgptq_export.models import SourceModel
+from mgptq_export.models import SourceModel, load_dequantized
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BudgetError
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, GGML_FORMATS, padded_columns
@@ -35,7 +32,6 @@ from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, Quantized
 
 __all__ = ["Quantization", "Repairs", "calibrate", "check_budget", "quantize", "round_to_nearest", "solve"]
 
-SEQUENCES_AT_ONCE = 4
 HELD_OUT_ONE_IN = 8
 
 
@@ -135,48 +131,50 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
     generator = torch.Generator().manual_seed(recipe.seed)
     held_out = len(tokens) // HELD_OUT_ONE_IN
 
-    def measure() -> Record:
-        return collect_statistics(source, tokens[held_out:], recipe.sensitivity_samples, generator).to_record()
-
-    statistics = ModelStatistics.from_record(journal.once("statistics", measure), source.model.device)
-    _renumber_hidden(source, statistics)
-    orders = {}
-    for name, group in statistics.groups.items():
-        orders[name] = group.hessian.diagonal().argsort(descending=True, stable=True)
+    samples = recipe.sensitivity_samples
+    measured = collect_statistics(source, tokens[held_out:], samples, generator, journal.within("statistics"))
+    renumbered = _renumber_hidden(source, measured)
+    orders = {name: group.diagonal.argsort(descending=True, stable=True) for name, group in renumbered.groups.items()}
+    groups = dict(renumbered.groups)
     for index, layer in enumerate(source.layers):
-        _renumber_intermediate(source, layer, index, statistics, orders)
-    return Calibration(tokens, tokens[:held_out] if held_out else tokens, statistics, orders)
+        _renumber_intermediate(source, layer, index, groups, orders)
+        source.release()
+    return Calibration(tokens, tokens[:held_out] if held_out else tokens, replace(renumbered, groups=groups), orders)
 
 
-def _renumber_hidden(source: SourceModel, statistics: ModelStatistics) -> None:
-    reading = [group.name for group in source.groups() if group.reads_hidden]
-    diagonals = [statistics.groups[name].hessian.diagonal() for name in reading]
+def _renumber_hidden(source: SourceModel, statistics: ModelStatistics) -> ModelStatistics:
+    """Statistics of the renumbered model."""
+    reading = {group.name for group in source.groups() if group.reads_hidden}
+    diagonals = [group.diagonal for name, group in statistics.groups.items() if name in reading]
     importance = torch.stack([diagonal / diagonal.mean() for diagonal in diagonals]).mean(0)
     order = importance.argsort(descending=True, stable=True)
     source.family.reorder_hidden(source.model, order)
-    for hessian in (*(statistics.groups[name].hessian for name in reading), statistics.head_hessian):
-        hessian.copy_(hessian[order][:, order])
-    for group in source.groups():
-        if not group.reads_hidden:
-            for values in statistics.groups[group.name].sensitivity.values():
-                values.copy_(values[order])
+    source.release()
+    groups = {
+        name: replace(group, order=order) if name in reading else _outputs_renumbered(group, order)
+        for name, group in statistics.groups.items()
+    }
+    return ModelStatistics(groups, replace(statistics.head, order=order))
 
 
 def _renumber_intermediate(
     source: SourceModel,
     layer: nn.Module,
     index: int,
-    statistics: ModelStatistics,
+    groups: dict[str, GroupStatistics],
     orders: dict[str, torch.Tensor],
 ) -> None:
+    """Put the statistics of the renumbered layer into ``groups``, and its order of columns into ``orders``."""
     down, gate_up = f"blk.{index}.ffn_down", f"blk.{index}.ffn_gate_up"
     order = orders[down]
     source.family.reorder_intermediate(layer, order)
-    group = statistics.groups[down]
-    group.hessian.copy_(group.hessian[order][:, order])
-    for values in statistics.groups[gate_up].sensitivity.values():
-        values.copy_(values[order])
+    groups[down] = replace(groups[down], order=order)
+    groups[gate_up] = _outputs_renumbered(groups[gate_up], order)
     orders[down] = torch.arange(order.numel(), device=order.device)
+
+
+def _outputs_renumbered(group: GroupStatistics, order: torch.Tensor) -> GroupStatistics:
+    return replace(group, sensitivity={name: values[order] for name, values in group.sensitivity.items()})
 
 
 def solve(
@@ -201,10 +199,15 @@ def solve(
         repairs: gets what had to be mended.
     """
     repairs = {} if repairs is None else repairs
-    embedding, head = _solve_tables(source, calibration.statistics.head_hessian, recipe, layout)
+
+    def solved(group: GroupModules, hessians: dict[str, torch.Tensor]) -> Record:
+        hessian = hessians.pop(group.name) if propagate else calibration.statistics.groups[group.name].hessian
+        return _solve_group(group, hessian, allocated, recipe, layout)
+
+    embedding, head = _solve_tables(source, calibration.statistics.head.hessian, recipe, layout)
     groups = []
     with torch.no_grad():
-        flow = _Flow(source, calibration.tokens) if propagate else None
+        flow = LayerFlow(source, calibration.tokens) if propagate else None
         with track("Quantizing", len(source.layers)) as advance:
             for index in range(len(source.layers)):
                 modules = source.layer_groups(index)
@@ -212,13 +215,12 @@ def solve(
                 missing = any(group.name not in journal for group in modules)
                 hessians = flow.hessians(index) if flow and missing else {}
                 for group in modules:
-                    hessian = hessians.get(group.name, calibration.statistics.groups[group.name].hessian)
-                    solving = partial(_solve_group, group, hessian, allocated, recipe, layout)
-                    record = journal.once(group.name, solving)
-                    groups.append(_replace_group(group, record))
+                    record = journal.once(group.name, partial(solved, group, hessians))
+                    groups.append(_replace_group(source, group, record))
                     repairs |= {group.name: record.facts["repairs"]} if record.facts["repairs"] else {}
                 if flow:
                     flow.advance(index)
+                source.memory.release(*(parameter.data for parameter in source.layers[index].parameters()))
                 advance()
     return _quantized_model(source, groups, embedding, head)
 
@@ -235,7 +237,7 @@ def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> Quantized
     with torch.no_grad():
         for group in source.groups():
             plain = torch.eye(group.columns, device=source.model.device)
-            groups.append(_replace_group(group, _solve_group(group, plain, allocated, recipe, COLUMNS)))
+            groups.append(_replace_group(source, group, _solve_group(group, plain, allocated, recipe, COLUMNS)))
         identity = torch.eye(source.model.lm_head.in_features, device=source.model.device)
         embedding, head = _solve_tables(source, identity, recipe, COLUMNS)
     return _quantized_model(source, groups, embedding, head)
@@ -282,17 +284,12 @@ def _scales_at_limit(linear: QuantizedLinear) -> int:
     return count
 
 
-def _replace_group(group: GroupModules, record: Record) -> InputGroup:
+def _replace_group(source: SourceModel, group: GroupModules, record: Record) -> InputGroup:
     """Replace a group's weights by quantized ones."""
     solved = unpack_group(record.arrays, record.facts["group"])
     for module, linear in zip(group.modules.values(), solved.linears, strict=True):
-        _replace_weight(module, linear)
+        load_dequantized(source, module, linear)
     return solved
-
-
-def _replace_weight(module: nn.Module, linear: QuantizedLinear) -> None:
-    weight: Any = module.weight
-    weight.data.copy_(torch.from_numpy(linear.dequantize()))
 
 
 def _solve_tables(
@@ -304,81 +301,10 @@ def _solve_tables(
     def solved(name: str, module: nn.Module, hessian: torch.Tensor) -> QuantizedLinear:
         weight: Any = module.weight
         table = layout.solve_table(name, weight.detach().float(), hessian, recipe)
-        _replace_weight(module, table)
+        load_dequantized(source, module, table)
         return table
 
     if source.tied:
         return solved("token_embd", model.lm_head, hessian), None
     plain = torch.eye(hessian.shape[0], device=hessian.device)
     return solved("token_embd", model.model.embed_tokens, plain), solved("output", model.lm_head, hessian)
-
-
-class _StopForward(Exception):
-    """Enough was seen."""
-
-
-class _Flow:
-    """What enters each layer, as the layers before it compute now: hidden states of the calibration set."""
-
-    def __init__(self, source: SourceModel, tokens: torch.Tensor) -> None:
-        self._source = source
-        self._computing = partial(computing_in, compute_dtype(source.model.device), source.model.device)
-        self._arguments = self._layer_arguments(tokens)
-        self._states = self._first_layer_inputs(tokens)
-
-    def hessians(self, index: int) -> dict[str, torch.Tensor]:
-        """Hessians of a layer's input groups: float32 [columns, columns] by group name."""
-        groups = self._source.layer_groups(index)
-        accumulators = {group.name: HessianAccumulator(group.columns, self._states[0].device) for group in groups}
-
-        def feed(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-            def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                accumulators[name].add(inputs[0])
-                if name == groups[-1].name:
-                    raise _StopForward  # nothing behind the last group's input is wanted
-
-            return add
-
-        handles = []
-        for group in groups:
-            first = next(iter(group.modules.values()))
-            handles.append(first.register_forward_pre_hook(feed(group.name)))
-        with hooked(handles):
-            for state in self._states:
-                with suppress(_StopForward):
-                    self._output(index, state)
-        return {name: accumulator.hessian for name, accumulator in accumulators.items()}
-
-    def advance(self, index: int) -> None:
-        """Go through a layer."""
-        self._states = [self._output(index, state) for state in self._states]
-
-    def _output(self, index: int, state: torch.Tensor) -> torch.Tensor:
-        with self._computing():
-            output = self._source.layers[index](state, **self._arguments[index])
-        return output[0] if isinstance(output, tuple) else output
-
-    def _first_layer_inputs(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Hidden states [batch, sequence, hidden] that enter the first layer."""
-        states: list[torch.Tensor] = []
-
-        def catch(module: nn.Module, inputs: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> None:
-            states.append(inputs[0] if inputs else keywords["hidden_states"])
-            raise _StopForward
-
-        with hooked([self._source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
-            for batch in tokens.split(SEQUENCES_AT_ONCE):
-                with suppress(_StopForward):
-                    self._source.model.model(batch.to(self._source.model.device), use_cache=False)
-        return states
-
-    def _layer_arguments(self, tokens: torch.Tensor) -> list[dict[str, Any]]:
-        """What every layer gets beside the hidden states; of one sequence, which fits a batch of any size."""
-        arguments: list[dict[str, Any]] = []
-
-        def catch(module: nn.Module, inputs: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> None:
-            arguments.append({name: value for name, value in keywords.items() if name != "hidden_states"})
-
-        with hooked([layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self._source.layers]):
-            self._source.model.model(tokens[:1].to(self._source.model.device), use_cache=False)
-        return arguments

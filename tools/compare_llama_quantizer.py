@@ -83,7 +83,7 @@ def peer_model(source: SourceModel, statistics: ModelStatistics, type_of: Callab
         hessian = statistics.groups[group.name].hessian
         linears = [rounded(name, m.weight, hessian, type_of(name.split(".")[-1])) for name, m in group.modules.items()]
         groups.append(InputGroup(group.name, None, tuple(linears)))
-    table = rounded("token_embd", source.model.lm_head.weight, statistics.head_hessian, TABLE_TYPE)
+    table = rounded("token_embd", source.model.lm_head.weight, statistics.head.hessian, TABLE_TYPE)
     family = source.family
     tensors = family.other_tensors(source.model)
     return QuantizedModel(family.name, family.hyperparameters(source.model), tuple(groups), table, None, tensors)

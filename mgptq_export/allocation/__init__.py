@@ -1,7 +1,7 @@
 """Who gets how many bits."""
 
 from mgptq_export.allocation.baselines import allocate_by_hessian, allocate_uniformly
-from mgptq_export.allocation.linear import LinearProblem
+from mgptq_export.allocation.linear import InputColumns, LinearProblem
 from mgptq_export.allocation.problem import Allocation, AllocationProblem, BlockProblem
 from mgptq_export.allocation.tensors import FileTensor, TensorProblem
 from mgptq_export.allocation.training import Trial, allocate_by_gnn
@@ -11,6 +11,7 @@ __all__ = [
     "AllocationProblem",
     "BlockProblem",
     "FileTensor",
+    "InputColumns",
     "LinearProblem",
     "TensorProblem",
     "Trial",

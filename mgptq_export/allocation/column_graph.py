@@ -13,7 +13,6 @@ from mgptq_export.allocation.problem import AllocationProblem
 
 __all__ = ["FEATURES", "ModelGraph", "build_graphs"]
 
-NEIGHBOURS = 8
 FEATURES = 10
 
 
@@ -45,24 +44,20 @@ class ModelGraph:
 
 def build_graphs(problem: AllocationProblem) -> ModelGraph:
     """Build every linear's column graph; linears of one input group share edges, and differ in their features."""
-    graphs, edges_of_factor = [], {}
+    graphs = []
     linears = problem.linears
     sensitivities = torch.stack([linear.sensitivity.mean().clamp_min(1e-30).log() for linear in linears])
     centre, spread = sensitivities.mean(), sensitivities.std().clamp_min(1e-3) if len(linears) > 1 else 1.0
     kinds = list(dict.fromkeys(linear.kind for linear in linears))
     for i, (linear, sensitivity) in enumerate(zip(linears, sensitivities, strict=True)):
-        key = id(linear.factor)
-        if key not in edges_of_factor:
-            edges_of_factor[key] = strongest_edges(linear.factor.upper, NEIGHBOURS)
-        edge_index, edge_weight = edges_of_factor[key]
         features = node_features(linear, (sensitivity - centre) / spread).cpu()
         kind = torch.zeros(len(features), len(kinds))
         kind[:, kinds.index(linear.kind)] = 1.0
         graphs.append(
             Data(
                 x=torch.cat([features, kind], dim=1),
-                edge_index=edge_index.cpu(),
-                edge_weight=edge_weight.cpu(),
+                edge_index=linear.inputs.edge_index,
+                edge_weight=linear.inputs.edge_weight,
                 unit=problem.unit_of_columns(i),
             )
         )
@@ -84,41 +79,15 @@ def _tensor_edges(problem: AllocationProblem) -> torch.Tensor:
     return torch.tensor(sorted(edge for edge in edges if edge[0] != edge[1]), dtype=torch.int64).view(-1, 2).t()
 
 
-def strongest_edges(upper: torch.Tensor, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns that compensate most for one another.
-
-    ``|U_ij| / U_ii`` is how much of column ``i``'s rounding error is passed on to the later column ``j``; here
-    ``c = |U_ij| / sqrt(U_ii U_jj)``, relative to the scales of both, weighs an edge as ``c / (1 + c)``. Every column
-    keeps its strongest neighbours in either direction.
-
-    Args:
-        upper: float32 [columns, columns].
-        neighbours: per column.
-
-    Returns:
-        edge_index int64 [2, columns * neighbours] and edge_weight float32.
-    """
-    diagonal = upper.diagonal()
-    coupling = upper.abs() / (diagonal[:, None] * diagonal[None, :]).sqrt()
-    coupling = torch.triu(coupling, diagonal=1)
-    coupling = coupling + coupling.t()
-    k = min(neighbours, max(upper.shape[0] - 1, 1))
-    weights, sources = coupling.topk(k, dim=1)
-    targets = torch.arange(upper.shape[0], device=upper.device)[:, None].expand_as(sources)
-    weights = weights / (1.0 + weights)
-    return torch.stack([sources.flatten(), targets.flatten()]), weights.flatten()
-
-
 def node_features(linear: LinearProblem, sensitivity: torch.Tensor) -> torch.Tensor:
     """Features of a linear's columns: float32 [columns, FEATURES], logarithms relative to the linear's own mean."""
-    weight, upper = linear.weight, linear.factor.upper
+    weight, inputs = linear.weight, linear.inputs
     columns = weight.shape[1]
     energy = weight.square().mean(0)
     weighted_energy = (weight.square() * linear.sensitivity[:, None]).mean(0)
     peak = weight.abs().amax(0)
-    importance = upper.diagonal().pow(-2)
-    received = torch.triu(upper, diagonal=1).square().sum(0)
-    passed_on = torch.triu(upper, diagonal=1).square().sum(1) / upper.diagonal().square()
+    importance = inputs.importance
+    received, passed_on = (sums / inputs.diagonal.square() for sums in (inputs.received, inputs.passed_on))
     position = torch.arange(columns, device=weight.device) / columns
     constant = torch.ones(columns, device=weight.device)
     return torch.stack(
@@ -128,7 +97,7 @@ def node_features(linear: LinearProblem, sensitivity: torch.Tensor) -> torch.Ten
             _relative_log(weighted_energy),
             _relative_log(importance * weighted_energy),
             torch.log1p(peak / energy.sqrt().clamp_min(1e-12)),
-            torch.log1p(received / upper.diagonal().square()),
+            torch.log1p(received),
             torch.log1p(passed_on),
             position,
             constant * sensitivity,

@@ -3,13 +3,57 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
-from mgptq_export.solver import InverseFactor, column_importance, pad_columns
+from mgptq_export.compute import pieces
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 
-__all__ = ["LinearProblem", "beyond_quadratic"]
+__all__ = ["InputColumns", "LinearProblem", "beyond_quadratic", "strongest_edges"]
+
+NEIGHBOURS = 8
 
 LARGE_ERROR_FACTOR = 5.0
+
+
+@dataclass(frozen=True)
+class InputColumns:
+    """What the allocators know of the columns that an input group's linears have in common, in permuted order.
+
+    ``U`` is the inverse Hessian's factor, see :class:`mgptq_export.solver.factor.InverseFactor`.
+
+    Attributes:
+        diagonal: float32 [columns], that of U.
+        received: float32 [columns], the sum of squares of U's column above the diagonal.
+        passed_on: float32 [columns], the sum of squares of U's row behind the diagonal.
+        edge_index: int64 [2, edges], from neighbour to column; see :func:`strongest_edges`.
+        edge_weight: float32 [edges].
+    """
+
+    diagonal: torch.Tensor
+    received: torch.Tensor
+    passed_on: torch.Tensor
+    edge_index: torch.Tensor
+    edge_weight: torch.Tensor
+
+    @classmethod
+    def of_factor(cls, upper: torch.Tensor) -> "InputColumns":
+        """Of ``U``, float32 [columns, columns]."""
+        diagonal = upper.diagonal().clone()
+        received, passed_on = torch.zeros_like(diagonal), torch.zeros_like(diagonal)
+        for piece in pieces(upper):
+            squares = upper[piece].square()
+            received += squares.sum(0)
+            passed_on[piece] = squares.sum(1)
+        own = diagonal.square()
+        edge_index, edge_weight = strongest_edges(upper, NEIGHBOURS)
+        return cls(
+            diagonal, (received - own).clamp_min(0), (passed_on - own).clamp_min(0), edge_index.cpu(), edge_weight.cpu()
+        )
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """``1 / U_jj^2``, the weight of a column's rounding error: float32 [columns]."""
+        return self.diagonal.pow(-2)
 
 
 @dataclass(frozen=True)
@@ -19,17 +63,24 @@ class LinearProblem:
     Attributes:
         name: ``blk.0.attn_q``.
         layer, layers: position in the model.
-        weight: float32 [rows, columns], columns permuted.
-        factor: of the group's permuted Hessian; the same object for all linears of the group.
+        unordered: float [rows, columns], the model's own weight.
+        order: int64 [columns], the number in the model of each permuted column.
+        inputs: the same object for all linears of the group.
         sensitivity: float32 [rows], how much the model's loss minds an error of each output.
     """
 
     name: str
     layer: int
     layers: int
-    weight: torch.Tensor
-    factor: InverseFactor
+    unordered: torch.Tensor
+    order: torch.Tensor
+    inputs: InputColumns
     sensitivity: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """float32 [rows, columns], columns permuted; made anew each time."""
+        return self.unordered[:, self.order].float()
 
     @property
     def kind(self) -> str:
@@ -38,20 +89,54 @@ class LinearProblem:
 
     @property
     def rows(self) -> int:
-        return self.weight.shape[0]
+        return self.unordered.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.unordered.shape[1]
 
     @property
     def blocks(self) -> int:
-        return padded_columns(self.weight.shape[1]) // BLOCK_COLUMNS
+        return padded_columns(self.columns) // BLOCK_COLUMNS
 
     def block_bits(self, fmt: str) -> int:
         """Stored bits of one block of 64 columns, all rows."""
         return self.rows * FORMATS[fmt].block_bytes * 8
 
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weight [rows, padded], factor [padded, padded] and column importance [padded]: float32, not to be changed."""
-        weight, upper = pad_columns(self.weight, self.factor.upper)
-        return weight, upper, column_importance(upper, self.weight.shape[1])
+    def in_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [rows, blocks, 64] and column importance [blocks, 64], both zero where padded: float32."""
+        missing = self.blocks * BLOCK_COLUMNS - self.columns
+        weight, importance = (pad(values, (0, missing)) for values in (self.weight, self.inputs.importance))
+        return weight.view(self.rows, self.blocks, BLOCK_COLUMNS), importance.view(self.blocks, BLOCK_COLUMNS)
+
+
+def strongest_edges(upper: torch.Tensor, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns that compensate most for one another.
+
+    ``|U_ij| / U_ii`` is how much of column ``i``'s rounding error is passed on to the later column ``j``; here
+    ``c = |U_ij| / sqrt(U_ii U_jj)``, relative to the scales of both, weighs an edge as ``c / (1 + c)``. Every column
+    keeps its strongest neighbours in either direction.
+
+    Args:
+        upper: float32 [columns, columns].
+        neighbours: per column.
+
+    Returns:
+        edge_index int64 [2, columns * neighbours] and edge_weight float32.
+    """
+    roots = upper.diagonal().sqrt()
+    k = min(neighbours, max(upper.shape[0] - 1, 1))
+    weights, sources = torch.empty(len(upper), k, device=upper.device), []
+    for piece in pieces(upper):
+        # Below the diagonal U is zero: a sum of both sides is the one that is not.
+        coupling = (upper[piece].abs() + upper[:, piece].t().abs()) / (roots[piece, None] * roots)
+        coupling.diagonal(piece.start).zero_()
+        weights[piece], found = coupling.topk(k, dim=1)
+        sources.append(found)
+    of_rows = torch.cat(sources)
+    targets = torch.arange(upper.shape[0], device=upper.device)[:, None].expand_as(of_rows)
+    weights = weights / (1.0 + weights)
+    return torch.stack([of_rows.flatten(), targets.flatten()]), weights.flatten()
 
 
 def beyond_quadratic(errors: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ Allocation = dict[str, tuple[str, ...]]
 """The format of every block, by linear; a single one where the whole linear has it."""
 
 COST_CANDIDATES = 6
+COST_ROWS = 1024
 
 
 class AllocationProblem(Protocol):
@@ -104,7 +105,7 @@ class BlockProblem:
     def unit_of_columns(self, linear: int) -> torch.Tensor:
         """The block that each column of a linear belongs to: int64 [columns]."""
         first = sum(before.blocks for before in self.linears[:linear])
-        return torch.arange(self.linears[linear].weight.shape[1]) // BLOCK_COLUMNS + first
+        return torch.arange(self.linears[linear].columns) // BLOCK_COLUMNS + first
 
     def tensor_of_unit(self) -> torch.Tensor:
         """The linear that each block is a part of: int64 [units]."""
@@ -137,8 +138,8 @@ class BlockProblem:
         """What every block would lose if it were dropped, on the scale of :meth:`costs`: float64 [units]."""
         table = []
         for linear in self.linears:
-            weight, _, importance = linear.padded()
-            weighted = (weight.square() * importance).view(linear.rows, linear.blocks, BLOCK_COLUMNS).double().sum(-1)
+            weight, importance = linear.in_blocks()
+            weighted = weight.square_().mul_(importance).double().sum(-1)
             table.append((weighted * linear.sensitivity.double()[:, None]).sum(0).cpu())
         return torch.cat(table)
 
@@ -152,11 +153,11 @@ class BlockProblem:
         table = []
         with track("Estimating what each block loses", len(self.linears)) as advance:
             for linear in self.linears:
-                weight, _, importance = linear.padded()
-                blocks = weight.view(linear.rows, linear.blocks, BLOCK_COLUMNS)
-                columns = importance.view(linear.blocks, BLOCK_COLUMNS)
-                errors = [search_scales(blocks, columns, grid_of(fmt), COST_CANDIDATES)[1] for fmt in self.formats]
-                weighted = torch.stack(errors, -1).double() * linear.sensitivity.double()[:, None, None]
-                table.append(weighted.sum(0).cpu())
+                weight, importance = linear.in_blocks()
+                total = torch.zeros(linear.blocks, len(self.formats), dtype=torch.float64, device=weight.device)
+                for rows, sensitivity in zip(weight.split(COST_ROWS), linear.sensitivity.split(COST_ROWS), strict=True):
+                    errors = [search_scales(rows, importance, grid_of(x), COST_CANDIDATES)[1] for x in self.formats]
+                    total += (torch.stack(errors, -1).double() * sensitivity.double()[:, None, None]).sum(0)
+                table.append(total.cpu())
                 advance()
         return beyond_quadratic(torch.cat(table), self.energies())

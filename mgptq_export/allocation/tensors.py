@@ -8,7 +8,7 @@ import torch
 
 from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
 from mgptq_export.allocation.problem import Allocation
-from mgptq_export.solver import column_importance, tensor_error
+from mgptq_export.solver import tensor_error
 from mgptq_runtime.formats import GGML_FORMATS
 from mgptq_runtime.progress import track
 
@@ -57,7 +57,7 @@ class TensorProblem:
 
     def weights(self) -> torch.Tensor:
         """Weights of every tensor: int64 [units]."""
-        return torch.tensor([sum(linear.weight.numel() for linear in self._members(t)) for t in self.tensors])
+        return torch.tensor([sum(linear.rows * linear.columns for linear in self._members(t)) for t in self.tensors])
 
     def sizes(self) -> torch.Tensor:
         """Stored bits of every tensor in every type: int64 [units, types]."""
@@ -74,7 +74,7 @@ class TensorProblem:
 
     def unit_of_columns(self, linear: int) -> torch.Tensor:
         """All columns of a linear belong to its tensor: int64 [columns]."""
-        return self.tensor_of_linear()[linear].expand(self.linears[linear].weight.shape[1])
+        return self.tensor_of_linear()[linear].expand(self.linears[linear].columns)
 
     def tensor_of_unit(self) -> torch.Tensor:
         """Units are tensors: int64 [units]."""
@@ -117,15 +117,15 @@ class TensorProblem:
 
 def _tensor_bits(linear: LinearProblem, name: str) -> int:
     fmt = GGML_FORMATS[name]
-    return linear.weight.numel() // fmt.block_columns * fmt.block_bytes * 8
+    return linear.rows * linear.columns // fmt.block_columns * fmt.block_bytes * 8
 
 
 def _energy(linear: LinearProblem) -> float:
-    importance = column_importance(linear.factor.upper, linear.weight.shape[1])
-    return float(((linear.weight.square() * importance).sum(1).double() * linear.sensitivity.double()).sum())
+    return float(
+        ((linear.weight.square() * linear.inputs.importance).sum(1).double() * linear.sensitivity.double()).sum()
+    )
 
 
 def _rounding_loss(linear: LinearProblem, name: str) -> float:
-    importance = column_importance(linear.factor.upper, linear.weight.shape[1])
-    errors = tensor_error(linear.weight, importance, name, COST_CANDIDATES)
+    errors = tensor_error(linear.weight, linear.inputs.importance, name, COST_CANDIDATES)
     return float((errors.double() * linear.sensitivity.double()).sum())

@@ -10,6 +10,7 @@ from torch import nn
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel
+from mgptq_export.recompute import recomputing
 from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
 
@@ -50,10 +51,11 @@ def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tenso
     names = [name for group in quantized.groups() for name in group.modules]
     losses = torch.zeros(len(names), len(tokens), dtype=torch.float64)
     total = 0.0
-    batches = tokens.split(SEQUENCES_AT_ONCE)
+    at_once = min(SEQUENCES_AT_ONCE, original.memory.sequences_at_once)
+    batches = tokens.split(at_once)
     with track("Measuring the quantized model", len(batches)) as advance:
-        for batch, part in zip(batches, losses.split(SEQUENCES_AT_ONCE, dim=1), strict=True):
-            with _watched(original, quantized, part), computing_in(dtype, device):
+        for batch, part in zip(batches, losses.split(at_once, dim=1), strict=True):
+            with _watched(original, quantized, part), recomputing(quantized), computing_in(dtype, device):
                 divergence = _divergence(original.model, quantized.model, batch.to(device))
                 if not torch.isfinite(divergence):
                     raise NumericalError("the quantized model's logits are NaN or infinite; ask for more bits")
@@ -84,7 +86,8 @@ def _share(before: Any, after: Any, row: torch.Tensor) -> Any:
             error = nn.functional.linear(x.to(gradient.dtype), difference.to(gradient.dtype))
             row.copy_(0.5 * (error.float() * gradient.float()).sum((1, 2)))
 
-        output.register_hook(add)
+        if output.requires_grad:
+            output.register_hook(add)
 
     return watch
 

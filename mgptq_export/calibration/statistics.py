@@ -1,138 +1,142 @@
 """What calibration text tells about a model: Hessians of the inputs, sensitivity of the outputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from mgptq_export.calibration.flow import LayerFlow
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.hooks import hooked
-from mgptq_export.journal import Record
+from mgptq_export.journal import FORGETFUL, Journal, Record
 from mgptq_export.models import SourceModel
+from mgptq_export.recompute import recomputing
 from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
 
-__all__ = ["GroupStatistics", "HessianAccumulator", "ModelStatistics", "collect_statistics"]
+__all__ = ["GroupStatistics", "ModelStatistics", "collect_statistics"]
 
-SEQUENCES_AT_ONCE = 4
-HEAD = "head.hessian"
-
-
-class HessianAccumulator:
-    """``H = 2/n sum x x^T`` over the ``n`` activations that a linear reads (MG-PTQ's ``2 X X^T``)."""
-
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self._sum = torch.zeros(columns, columns, device=device)
-        self._count = 0
-
-    def add(self, activation: torch.Tensor) -> None:
-        """Add activations: float [..., columns]."""
-        rows = activation.detach().reshape(-1, activation.shape[-1]).float()
-        self._sum.addmm_(rows.t(), rows)
-        self._count += rows.shape[0]
-
-    @property
-    def hessian(self) -> torch.Tensor:
-        """float32 [columns, columns]."""
-        return self._sum * (2.0 / max(self._count, 1))
+HEAD = "head"
 
 
 @dataclass(frozen=True)
 class GroupStatistics:
     """Attributes:
     name: of the input group.
-    hessian: float32 [columns, columns].
+    measured: float32 [columns, columns], the Hessian in the numbering in which it was measured.
+    order: int64 [columns], the old number of each of the model's columns.
     sensitivity: for every linear, float32 [rows]: mean over tokens of the squared gradient of the model's loss
         with respect to the linear's output, labels drawn from the model (the diagonal of the Fisher information).
     """
 
     name: str
-    hessian: torch.Tensor
+    measured: torch.Tensor
+    order: torch.Tensor
     sensitivity: dict[str, torch.Tensor]
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """float32 [columns, columns], in the model's numbering; made anew each time."""
+        return self.measured[self.order][:, self.order]
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        """The Hessian's, float32 [columns]."""
+        return self.measured.diagonal()[self.order]
 
 
 @dataclass(frozen=True)
 class ModelStatistics:
     """Attributes:
     groups: by group name.
-    head_hessian: float32 [hidden, hidden], of the head's input.
+    head: of the head's input; without sensitivities.
     """
 
     groups: dict[str, GroupStatistics]
-    head_hessian: torch.Tensor
-
-    def to_record(self) -> Record:
-        """For a journal."""
-        arrays = {HEAD: self.head_hessian.cpu().numpy()}
-        for name, group in self.groups.items():
-            arrays[f"{name}.hessian"] = group.hessian.cpu().numpy()
-            arrays |= {f"{linear}.sensitivity": values.cpu().numpy() for linear, values in group.sensitivity.items()}
-        return Record(arrays, {name: list(group.sensitivity) for name, group in self.groups.items()})
-
-    @classmethod
-    def from_record(cls, record: Record, device: torch.device) -> "ModelStatistics":
-        """What :meth:`to_record` gave."""
-
-        def tensor(name: str) -> torch.Tensor:
-            return torch.from_numpy(record.arrays[name]).to(device)
-
-        groups = {}
-        for name, linears in record.facts.items():
-            sensitivity = {linear: tensor(f"{linear}.sensitivity") for linear in linears}
-            groups[name] = GroupStatistics(name, tensor(f"{name}.hessian"), sensitivity)
-        return cls(groups, tensor(HEAD))
+    head: GroupStatistics
 
 
 def collect_statistics(
-    source: SourceModel, tokens: torch.Tensor, sensitivity_samples: int, generator: torch.Generator
+    source: SourceModel,
+    tokens: torch.Tensor,
+    sensitivity_samples: int,
+    generator: torch.Generator,
+    journal: Journal = FORGETFUL,
 ) -> ModelStatistics:
-    """Run the calibration set through the model.
+    """Run the calibration set through the model, layer after layer, and some of it back.
 
     Args:
         tokens: int64 [samples, sequence].
         sensitivity_samples: how many of the sequences to run backward as well.
         generator: draws the labels.
+        journal: what has been measured before, and where to keep what is now.
 
     Raises:
         NumericalError: an activation or a gradient is NaN or infinite.
     """
-    groups = source.groups()
+    measured = _measure_hessians(source, tokens, journal)
+    gradients = journal.once(
+        "sensitivity", lambda: Record(_arrays(_measure_gradients(source, tokens[:sensitivity_samples], generator)))
+    )
     device = source.model.device
-    hessians = {group.name: HessianAccumulator(group.columns, device) for group in groups}
-    head = HessianAccumulator(source.model.lm_head.in_features, device)
-    gradients = {
-        name: torch.zeros(module.out_features, device=device) for g in groups for name, module in g.modules.items()
-    }
-    handles = []
-    for group in groups:
-        first = next(iter(group.modules.values()))
-        handles.append(first.register_forward_pre_hook(_feed(hessians[group.name])))
-        for name, module in group.modules.items():
-            handles.append(module.register_forward_hook(_watch_gradient(gradients[name])))
-    backward, rest = list(tokens[:sensitivity_samples].split(1)), tokens[sensitivity_samples:]
-    forward = list(rest.split(SEQUENCES_AT_ONCE)) if len(rest) else []
-    with hooked(handles), track("Measuring activations and sensitivity", len(backward) + len(forward)) as advance:
-        for batch in backward:
-            head.add(_run_backward(source.model, batch.to(device), generator))
-            advance()
-        for batch in forward:
-            head.add(_run_forward(source.model, batch.to(device)))
-            advance()
-    count = min(sensitivity_samples, tokens.shape[0]) * tokens.shape[1]
-    result = {}
-    for group in groups:
-        sensitivity = {name: gradients[name] / count for name in group.modules}
-        for name, values in sensitivity.items():
-            if not torch.isfinite(values).all():
-                raise NumericalError(f"{name}: the loss gradient is NaN or infinite on the calibration text")
-        result[group.name] = GroupStatistics(group.name, hessians[group.name].hessian, sensitivity)
-    return ModelStatistics(result, head.hessian)
+
+    def in_order(name: str, sensitivity: dict[str, torch.Tensor]) -> GroupStatistics:
+        order = torch.arange(len(measured[name]), device=device)
+        return GroupStatistics(name, measured[name], order, sensitivity)
+
+    groups = {}
+    for group in source.groups():
+        of_group = {name: torch.from_numpy(gradients.arrays[name]).to(device) for name in group.modules}
+        groups[group.name] = in_order(group.name, of_group)
+    return ModelStatistics(groups, in_order(HEAD, {}))
 
 
-def _feed(accumulator: HessianAccumulator) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    return lambda module, inputs: accumulator.add(inputs[0])
+def _measure_hessians(source: SourceModel, tokens: torch.Tensor, journal: Journal) -> dict[str, torch.Tensor]:
+    """Hessians by group, and of the head's input: float32 [columns, columns]."""
+    names = [f"hessians-{index}" for index in range(len(source.layers))]
+    hessians: dict[str, torch.Tensor] = {}
+
+    def take(name: str, measure: Callable[[], dict[str, torch.Tensor]]) -> None:
+        record = journal.once(name, lambda: Record(_arrays(measure())))
+        for key, values in record.arrays.items():
+            hessians[key] = source.memory.keep(torch.from_numpy(values).to(source.model.device))
+            source.memory.release(hessians[key])
+
+    known = {name for name in (*names, HEAD) if name in journal}
+    flow = LayerFlow(source, tokens) if len(known) <= len(names) else None
+    with track("Measuring activations", len(names)) as advance:
+        for index, name in enumerate(names):
+            if flow and name in known:
+                flow.advance(index)
+            take(name, partial(flow.advance_measuring, index) if flow else dict)
+            advance()
+    take(HEAD, lambda: {HEAD: flow.head_hessian()} if flow else {})
+    return hessians
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+
+def _measure_gradients(
+    source: SourceModel, tokens: torch.Tensor, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """The sensitivity of every linear's outputs: float32 [rows]."""
+    modules = {name: module for group in source.groups() for name, module in group.modules.items()}
+    totals = {name: torch.zeros(module.out_features, device=source.model.device) for name, module in modules.items()}
+    handles = [module.register_forward_hook(_watch_gradient(totals[name])) for name, module in modules.items()]
+    with hooked(handles), recomputing(source), track("Measuring sensitivity", len(tokens)) as advance:
+        for sequence in tokens.split(1):
+            _run_backward(source.model, sequence.to(source.model.device), generator)
+            advance()
+    for name, total in totals.items():
+        if not torch.isfinite(total).all():
+            raise NumericalError(f"{name}: the loss gradient is NaN or infinite on the calibration text")
+    return {name: total / tokens.numel() for name, total in totals.items()}
 
 
 def _watch_gradient(total: torch.Tensor) -> Callable[[nn.Module, object, torch.Tensor], None]:
@@ -146,15 +150,8 @@ def _watch_gradient(total: torch.Tensor) -> Callable[[nn.Module, object, torch.T
     return watch
 
 
-def _run_forward(model: Any, batch: torch.Tensor) -> torch.Tensor:
-    """What the head reads, [sequences, length, hidden]."""
-    with torch.no_grad(), computing_in(compute_dtype(model.device), model.device):
-        hidden: torch.Tensor = model.model(batch, use_cache=False).last_hidden_state
-    return hidden
-
-
-def _run_backward(model: Any, batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The same, after a way back from labels that the model's own predictions draw."""
+def _run_backward(model: Any, batch: torch.Tensor, generator: torch.Generator) -> None:
+    """Go back from labels that the model's own predictions draw."""
     # Gradients flow through activations only: weights are frozen, so their gradients are never formed.
     embedded = model.get_input_embeddings()(batch).requires_grad_(True)
     with computing_in(compute_dtype(model.device), model.device):
@@ -165,4 +162,3 @@ def _run_backward(model: Any, batch: torch.Tensor, generator: torch.Generator) -
     probabilities = torch.softmax(logits.detach(), -1).cpu()
     labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    return hidden

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mgptq_export.compute import pieces
 from mgptq_export.families.gguf_rope import check_gguf_rope, gguf_rope_metadata
 from mgptq_runtime.errors import UnsupportedModelError
 
@@ -293,12 +294,12 @@ class Family:
         gate_up, down = self.groups["ffn_gate_up"], self.groups["ffn_down"]
         for path in gate_up.values():
             module: Any = layer.get_submodule(path)
-            module.weight.data = module.weight.data[order]
+            renumber(module.weight, order)
             if module.bias is not None:
-                module.bias.data = module.bias.data[order]
+                renumber(module.bias, order)
         for path in down.values():
             module = layer.get_submodule(path)
-            module.weight.data = module.weight.data[:, order]
+            renumber_columns(module.weight, order)
 
     def reorder_hidden(self, model: Any, order: torch.Tensor) -> None:
         """Renumber the channels of the residual stream, in place; the model computes the same.
@@ -307,21 +308,21 @@ class Family:
             order: int64 [hidden], the old number of each new channel.
         """
         for table in {id(m.weight): m for m in (model.model.embed_tokens, model.lm_head)}.values():
-            table.weight.data = table.weight.data[:, order]
-        model.model.norm.weight.data = model.model.norm.weight.data[order]
+            renumber_columns(table.weight, order)
+        renumber(model.model.norm.weight, order)
         for i, layer in enumerate(model.model.layers):
             for name, path in self.norms.items():
                 if name not in HEAD_NORMS:
                     norm: Any = layer.get_submodule(path)
-                    norm.weight.data = norm.weight.data[order]
+                    renumber(norm.weight, order)
             for group in self.layer_groups(layer, i):
                 for module in group.modules.values():
                     if group.reads_hidden:
-                        module.weight.data = module.weight.data[:, order]
+                        renumber_columns(module.weight, order)
                     else:
-                        module.weight.data = module.weight.data[order]
+                        renumber(module.weight, order)
                         if module.bias is not None:
-                            module.bias.data = module.bias.data[order]
+                            renumber(module.bias, order)
 
     def load_tensors(self, model: Any, tensors: Mapping[str, np.ndarray]) -> None:
         """Put norms and biases, as :meth:`other_tensors` gives them, back into a model of the same shape."""
@@ -358,3 +359,14 @@ def head_size(config: Any) -> int:
 def array(tensor: Any) -> np.ndarray:
     """A tensor's values, float32, in memory of their own."""
     return tensor.detach().float().cpu().numpy().copy()
+
+
+def renumber(parameter: Any, order: torch.Tensor) -> None:
+    """Put rows, or a vector's numbers, in another order, in place."""
+    parameter.data.copy_(parameter.data[order])
+
+
+def renumber_columns(parameter: Any, order: torch.Tensor) -> None:
+    """Put columns in another order, in place and some rows at a time: tables of embeddings are large."""
+    for piece in pieces(parameter.data):
+        parameter.data[piece] = parameter.data[piece][:, order]

@@ -1,10 +1,12 @@
 """The column layout, of container and ONNX: permuted columns, every 64-column block in a format of its own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
+import numpy as np
 import torch
 
-from mgptq_export.allocation import BlockProblem, LinearProblem
+from mgptq_export.allocation import BlockProblem, InputColumns, LinearProblem
 from mgptq_export.families import GroupModules
 from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, SolvedGroup, check_delivered, decide
 from mgptq_export.models import SourceModel
@@ -12,9 +14,11 @@ from mgptq_export.recipe import Recipe
 from mgptq_export.solver import factorize, pack_linear, solve_blockwise
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.progress import track
-from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, permutation_dtype
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, Segment, permutation_dtype
 
 __all__ = ["ColumnLayout"]
+
+TABLE_ROWS = 8192
 
 
 class ColumnLayout:
@@ -98,12 +102,26 @@ class ColumnLayout:
 
     def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
         """One format throughout."""
-        rows, columns = weight.shape
+        columns = weight.shape[1]
         natural = torch.arange(columns, device=hessian.device)
         factor = factorize(hessian, natural, recipe.damping, name)
         formats = [self.embedding_format(recipe, columns)] * (padded_columns(columns) // BLOCK_COLUMNS)
-        solution = solve_blockwise(weight, factor.upper, [(slice(0, rows), formats)])
-        return pack_linear(name, solution.values, solution.scales, formats, columns, None)
+
+        def solved(part: torch.Tensor) -> QuantizedLinear:
+            solution = solve_blockwise(part, factor.upper, [(slice(0, len(part)), formats)])
+            return pack_linear(name, solution.values, solution.scales, formats, columns, None)
+
+        return by_rows(weight, solved)
+
+
+def by_rows(weight: torch.Tensor, solve: Callable[[torch.Tensor], QuantizedLinear]) -> QuantizedLinear:
+    """Solve a large matrix some rows at a time, which do not depend on one another."""
+    parts = [solve(part) for part in weight.split(TABLE_ROWS)]
+    segments = tuple(
+        Segment(same[0].format, np.concatenate([segment.data for segment in same]))
+        for same in zip(*(part.segments for part in parts), strict=True)
+    )
+    return replace(parts[0], rows=len(weight), segments=segments)
 
 
 def _permutation_bits(group: GroupModules) -> int:
@@ -128,8 +146,9 @@ def linear_problems(
             for group in source.layer_groups(index):
                 statistics = calibration.statistics.groups[group.name]
                 order = orders[group.name]
-                factor = factorize(statistics.hessian, order, recipe.damping, group.name)
+                factor = factorize(statistics.measured, statistics.order[order], recipe.damping, group.name)
+                inputs = InputColumns.of_factor(factor.upper)
                 for name, module in group.modules.items():
-                    weight = module.weight.detach().float()[:, order]
-                    yield LinearProblem(name, index, layers, weight, factor, statistics.sensitivity[name])
+                    sensitivity = statistics.sensitivity[name]
+                    yield LinearProblem(name, index, layers, module.weight.detach(), order, inputs, sensitivity)
             advance()

@@ -7,7 +7,7 @@ import torch
 from mgptq_export.allocation import FileTensor, TensorProblem
 from mgptq_export.families import GroupModules
 from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, SolvedGroup, check_delivered, decide
-from mgptq_export.layouts.columns import linear_problems, natural_orders
+from mgptq_export.layouts.columns import by_rows, linear_problems, natural_orders
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_export.solver import best_rows, factorize, pack_tensor, solve_tensor, sub_block_order
@@ -57,8 +57,8 @@ class TensorLayout:
         """Tensors compete."""
         orders = natural_orders(calibration)
         linears = list(linear_problems(source, calibration, orders, recipe))
-        weights = sum(linear.weight.numel() for linear in linears)
-        columns = {linear.name: linear.weight.shape[1] for linear in linears}
+        weights = sum(linear.rows * linear.columns for linear in linears)
+        columns = {linear.name: linear.columns for linear in linears}
         tensors = file_tensors(columns, source.family.gguf_fused, types_of(source, recipe))
         problem = TensorProblem(linears, tensors, int(recipe.bits * weights))
         allocated = decide(problem, orders, recipe, attempt)
@@ -78,9 +78,8 @@ class TensorLayout:
 
     def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
         """One type throughout."""
-        return _TensorsOfOneInput(name, hessian, recipe).solve(
-            name, weight, self.embedding_format(recipe, weight.shape[1])
-        )
+        solver, fmt = _TensorsOfOneInput(name, hessian, recipe), self.embedding_format(recipe, weight.shape[1])
+        return by_rows(weight, lambda part: solver.solve(name, part, fmt))
 
 
 class _TensorsOfOneInput:

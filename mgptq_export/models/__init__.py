@@ -1,5 +1,19 @@
 """Source models: where they come from."""
 
-from mgptq_export.models.source import SourceModel, load_quantized_weights, load_shape, load_source
+from mgptq_export.models.source import (
+    SourceModel,
+    count_model_weights,
+    load_dequantized,
+    load_quantized_weights,
+    load_shape,
+    load_source,
+)
 
-__all__ = ["SourceModel", "load_quantized_weights", "load_shape", "load_source"]
+__all__ = [
+    "SourceModel",
+    "count_model_weights",
+    "load_dequantized",
+    "load_quantized_weights",
+    "load_shape",
+    "load_source",
+]

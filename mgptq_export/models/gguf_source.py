@@ -16,6 +16,7 @@ import torch
 from gguf import GGML_QUANT_SIZES
 
 from mgptq_export.families import FAMILIES, Family, family_of
+from mgptq_export.memory import Memory
 from mgptq_export.models.gguf_file import GgufModel
 from mgptq_export.models.hyperparameters import check_hyperparameters
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
@@ -111,8 +112,8 @@ def _check_dense(architecture: str, parameters: Mapping[str, Any], tensors: Iter
             )
 
 
-def read_gguf_weights(file: GgufModel, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """All weights as a float32 state dictionary under Hugging Face's names.
+def read_gguf_weights(file: GgufModel, config: Mapping[str, Any], memory: Memory) -> dict[str, torch.Tensor]:
+    """All weights as a float32 state dictionary under Hugging Face's names, kept in ``memory``.
 
     Raises:
         UnsupportedModelError: an unknown tensor, or one in a type that gguf-py cannot dequantize.
@@ -125,7 +126,8 @@ def read_gguf_weights(file: GgufModel, config: Mapping[str, Any]) -> dict[str, t
         for tensor in file.tensors.values():
             if tensor.name not in family.gguf_rotary:
                 name = _hugging_face_name(tensor.name, paths, family)
-                state[name] = torch.from_numpy(_as_hugging_face(tensor.name, tensor.values(), family, config))
+                weight = _as_hugging_face(tensor.name, tensor.values(), family, config)
+                state[name] = memory.keep(torch.from_numpy(weight))
     return state
 
 

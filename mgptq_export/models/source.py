@@ -1,7 +1,7 @@
 """Loading the model to quantize: a Hugging Face folder or hub id, or a GGUF file."""
 
-import copy
 import logging
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -17,22 +17,31 @@ from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from mgptq_export.families import Family, GroupModules, family_of
+from mgptq_export.memory import IN_MEMORY, Memory
 from mgptq_export.models.folder import check_folder, check_small_files, read_config
 from mgptq_export.models.gguf_file import read_gguf_file
 from mgptq_export.models.gguf_source import read_gguf_config, read_gguf_weights
 from mgptq_export.models.gguf_tokenizer import write_gguf_tokenizer
 from mgptq_export.models.hyperparameters import COUNTS, check_hyperparameters
-from mgptq_export.models.weight_files import count_weights
+from mgptq_export.models.weight_files import count_weights, read_weights
 from mgptq_runtime.errors import BadInputError, NumericalError, UnsupportedModelError
 from mgptq_runtime.progress import Advance, track
-from mgptq_runtime.quantized_model import QuantizedModel
+from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, Segment
 from mgptq_runtime.tokenizer import parse_tokenizer
 
-__all__ = ["SourceModel", "load_quantized_weights", "load_shape", "load_source"]
+__all__ = [
+    "SourceModel",
+    "count_model_weights",
+    "load_dequantized",
+    "load_quantized_weights",
+    "load_shape",
+    "load_source",
+]
 
 logger = logging.getLogger(__name__)
 
 LOADING_STEPS = 4
+DEQUANTIZED_ROWS = 4096
 MAX_TOKENS = COUNTS["vocab_size"]
 
 
@@ -48,6 +57,7 @@ class SourceModel:
         config: its ``config.json``.
         tokenizer_folder: holds ``tokenizer.json`` and its companions.
         tokenizer: the same, loaded; None where the source has none.
+        memory: keeps the weights, and what is as large.
     """
 
     name: str
@@ -57,11 +67,12 @@ class SourceModel:
     config: Mapping[str, Any]
     tokenizer_folder: Path
     tokenizer: Tokenizer | None
+    memory: Memory = IN_MEMORY
     _temporary: TemporaryDirectory | None = None
 
     def copy(self) -> "SourceModel":
         """The same model with weights of its own."""
-        return replace(self, model=copy.deepcopy(self.model))
+        return replace(self, model=self.memory.copy_of(self.model))
 
     def shape(self) -> "SourceModel":
         """The same model without values, on the ``meta`` device."""
@@ -69,6 +80,10 @@ class SourceModel:
             model = type(self.model)(self.model.config)
         self.family.prepare(model)
         return replace(self, model=model)
+
+    def release(self) -> None:
+        """Say that the weights are not needed soon."""
+        self.memory.release(*(parameter.data for parameter in self.model.parameters()))
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -93,13 +108,16 @@ class SourceModel:
         return self.model.lm_head.weight is self.model.model.embed_tokens.weight
 
 
-def load_source(source: str, *, device: str = "cpu", trust_remote_code: bool = False) -> SourceModel:
+def load_source(
+    source: str, *, device: str = "cpu", trust_remote_code: bool = False, memory: Memory = IN_MEMORY
+) -> SourceModel:
     """Load a model.
 
     Args:
         source: a Hugging Face folder, a GGUF file or a hub id.
         device: where the model goes, a torch device.
         trust_remote_code: run code that the model's folder brings.
+        memory: keeps the weights.
 
     Raises:
         BadInputError: no model there, or no such device.
@@ -112,11 +130,13 @@ def load_source(source: str, *, device: str = "cpu", trust_remote_code: bool = F
     path = _model_path(source, weights=True, code=trust_remote_code)
     with track("Loading the model", LOADING_STEPS) as advance:
         if path.is_file():
-            loaded = _load_gguf(path, source, advance)
+            loaded = _load_gguf(path, source, memory, advance)
         else:
-            loaded = _load_hugging_face(path, source, trust_remote_code, advance)
-        _check_finite(loaded.model)
+            loaded = _load_hugging_face(path, source, trust_remote_code, memory, advance)
+        loaded.memory = memory
+        _check_finite(loaded.model, memory)
         loaded.family.prepare(loaded.model)
+        memory.release_after_use(loaded.model)
         advance()
     try:
         loaded.model.requires_grad_(False).eval().to(device)
@@ -142,7 +162,16 @@ def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
     folder = Path(temporary.name)
     write_gguf_tokenizer(file, folder)
     tokenizer = _read_tokenizer(folder)
-    return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer, temporary)
+    return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer, _temporary=temporary)
+
+
+def count_model_weights(source: str) -> int:
+    """How many weights a model's files hold, the source being as for :func:`load_source`."""
+    path = _model_path(source, weights=True, code=False)
+    if path.is_dir():
+        check_folder(path)
+        return count_weights(path)
+    return sum(math.prod(tensor.shape) for tensor in read_gguf_file(path).tensors.values())
 
 
 def _model_path(source: str, *, weights: bool, code: bool) -> Path:
@@ -187,11 +216,22 @@ def load_quantized_weights(source: SourceModel, quantized: QuantizedModel) -> No
     if shapes != found or source.tied != (quantized.head is None):
         raise BadInputError(f"{source.source} is not the model that was quantized: its layers have other shapes")
     for name, module in modules.items():
-        module.weight.data.copy_(torch.from_numpy(linears[name].dequantize()))
+        load_dequantized(source, module, linears[name])
     source.family.load_tensors(source.model, quantized.tensors)
-    source.model.model.embed_tokens.weight.data.copy_(torch.from_numpy(quantized.embedding.dequantize()))
+    load_dequantized(source, source.model.model.embed_tokens, quantized.embedding)
     if quantized.head is not None:
-        source.model.lm_head.weight.data.copy_(torch.from_numpy(quantized.head.dequantize()))
+        load_dequantized(source, source.model.lm_head, quantized.head)
+
+
+def load_dequantized(source: SourceModel, module: Any, linear: QuantizedLinear) -> None:
+    """Replace a module's weight by a quantized one, some rows at a time."""
+    weight = module.weight.data
+    for start in range(0, linear.rows, DEQUANTIZED_ROWS):
+        rows = slice(start, min(start + DEQUANTIZED_ROWS, linear.rows))
+        segments = tuple(Segment(one.format, one.data[rows]) for one in linear.segments)
+        part = replace(linear, rows=rows.stop - rows.start, segments=segments)
+        weight[rows] = torch.from_numpy(part.dequantize()).to(weight.device)
+    source.memory.release(weight)
 
 
 def _looks_like_hub_id(source: str) -> bool:
@@ -199,10 +239,11 @@ def _looks_like_hub_id(source: str) -> bool:
     return len(parts) == 2 and all(part and not part.startswith(".") for part in parts) and "\\" not in source
 
 
-def _check_finite(model: nn.Module) -> None:
+def _check_finite(model: nn.Module, memory: Memory) -> None:
     for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
+        if not (tensor.amax() < math.inf and tensor.amin() > -math.inf):
             raise NumericalError(f"weight {name} holds NaN or infinity; the model is damaged, download it again")
+        memory.release(tensor)
 
 
 def _check_complete(found: Mapping[str, Any], source: str) -> None:
@@ -235,7 +276,7 @@ def _check_unused(names: Iterable[str], config: Any, source: str) -> None:
         )
 
 
-def _load_gguf(path: Path, source: str, advance: Advance) -> SourceModel:
+def _load_gguf(path: Path, source: str, memory: Memory, advance: Advance) -> SourceModel:
     import transformers
 
     file = read_gguf_file(path)
@@ -246,7 +287,7 @@ def _load_gguf(path: Path, source: str, advance: Advance) -> SourceModel:
     write_gguf_tokenizer(file, folder)
     tokenizer = _read_tokenizer(folder)
     advance()
-    state = read_gguf_weights(file, config)
+    state = read_gguf_weights(file, config, memory)
     _check_size(_shape_of(config, path, False), sum(weight.numel() for weight in state.values()), source)
     advance()
     try:
@@ -266,25 +307,28 @@ def _load_gguf(path: Path, source: str, advance: Advance) -> SourceModel:
         extra = ", ".join(sorted(found["unexpected_keys"])[:5])
         raise UnsupportedModelError(f"{path} holds weights that a {family.name} model does not have: {extra}")
     advance()
-    return SourceModel(_model_name(source), source, family, model, model.config.to_dict(), folder, tokenizer, temporary)
+    return SourceModel(
+        _model_name(source), source, family, model, model.config.to_dict(), folder, tokenizer, _temporary=temporary
+    )
 
 
-def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool, advance: Advance) -> SourceModel:
-    from transformers import AutoModelForCausalLM
-
+def _load_hugging_face(
+    folder: Path, source: str, trust_remote_code: bool, memory: Memory, advance: Advance
+) -> SourceModel:
     config, family = _read_hugging_face(folder)
     if "auto_map" in config and not trust_remote_code:
         logger.warning("%s brings code of its own, which is not run: transformers' own %s is", source, family.name)
     tokenizer = _read_tokenizer(folder)
-    _check_size(_shape_of(config, folder, trust_remote_code), count_weights(folder), source)
+    shape = _shape_of(config, folder, trust_remote_code)
+    _check_size(shape, count_weights(folder), source)
+    state = read_weights(folder, memory)
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=AutoConfig.for_model(**config),
+        result: Any = type(shape).from_pretrained(
+            None,
+            config=shape.config,
+            state_dict=state,
             dtype=torch.float32,
-            use_safetensors=True,
             ignore_mismatched_sizes=True,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     except Exception as error:  # a broken configuration or weight file raises many kinds

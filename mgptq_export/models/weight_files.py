@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+from mgptq_export.memory import Memory
 from mgptq_export.models.folder import read_json
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.strict_json import parse_json_object
 
-__all__ = ["count_weights"]
+__all__ = ["count_weights", "read_weights"]
 
 # What transformers reads, in its order.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,6 +45,17 @@ def count_weights(folder: Path) -> int:
             )
         total += sum(found.values())
     return total
+
+
+def read_weights(folder: Path, memory: Memory) -> dict[str, torch.Tensor]:
+    """All weights of a folder that :func:`count_weights` accepted, by name, float32, kept in ``memory``."""
+    single = folder / SINGLE
+    state = {}
+    for path in [single] if single.exists() else [folder / name for name in _shards(folder / INDEX)]:
+        for name in sorted(_tensors(path)):
+            with safe_open(path, "pt") as file:  # anew, as it keeps in memory what has been read
+                state[name] = memory.keep(file.get_tensor(name), torch.float32)
+    return state
 
 
 def _no_weights(folder: Path) -> BadInputError:

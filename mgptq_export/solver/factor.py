@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mgptq_export.compute import pieces
 from mgptq_runtime.errors import NumericalError
 
 __all__ = ["InverseFactor", "factorize"]
@@ -46,15 +47,15 @@ def factorize(hessian: torch.Tensor, permutation: torch.Tensor, damping: float, 
     """
     if not torch.isfinite(hessian).all():
         raise NumericalError(f"{name}: the Hessian holds NaN or infinity; the model's activations overflow")
-    matrix = hessian.double()[permutation][:, permutation]
-    diagonal = matrix.diagonal()
+    diagonal = hessian.diagonal()[permutation].double()
     dead = diagonal <= 0
-    mean = diagonal[~dead].mean() if (~dead).any() else torch.ones((), dtype=matrix.dtype, device=matrix.device)
+    mean = diagonal[~dead].mean() if (~dead).any() else torch.ones_like(diagonal[0])
     diagonal[dead] = mean
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        damped = matrix.clone()
-        damped.diagonal().add_(damping * mean)
+        damped = _permuted(hessian, permutation)
+        damped.diagonal().copy_(diagonal + damping * mean)
         upper = _inverse_upper_factor(damped)
+        del damped
         if upper is not None:
             if attempt > 1:
                 logger.warning("%s: Hessian not positive definite, damping raised to %g", name, damping)
@@ -66,9 +67,20 @@ def factorize(hessian: torch.Tensor, permutation: torch.Tensor, damping: float, 
     )
 
 
+def _permuted(matrix: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """Rows and columns in another order, float64; without a copy on the way."""
+    permuted = torch.empty(matrix.shape, dtype=torch.float64, device=matrix.device)
+    for piece in pieces(matrix):
+        permuted[piece] = matrix[permutation[piece]][:, permutation].double()
+    return permuted
+
+
 def _inverse_upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:
+    """Of float64 [columns, columns], whose memory is used."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    if info:
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if failed or not torch.isfinite(upper).all() else upper
+    torch.cholesky_inverse(matrix, out=matrix)
+    torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, info))
+    return None if info or not torch.isfinite(matrix).all() else matrix

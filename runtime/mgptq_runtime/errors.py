@@ -14,6 +14,7 @@ __all__ = [
     "ContainerError",
     "MgptqError",
     "NumericalError",
+    "OutOfMemoryError",
     "OutputExistsError",
     "PackageError",
     "UnsupportedModelError",
@@ -42,6 +43,10 @@ class CalibrationError(MgptqError):
 
 class NumericalError(MgptqError):
     """NaN or infinity in weights, activations or scores; a Hessian that no damping makes definite."""
+
+
+class OutOfMemoryError(MgptqError):
+    """The machine, or its GPU, has too little memory for what was asked."""
 
 
 class OutputExistsError(MgptqError):

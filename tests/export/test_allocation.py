@@ -17,7 +17,8 @@ from mgptq_export.allocation import (
 )
 from mgptq_export.allocation import linear as linear_module
 from mgptq_export.allocation.budget import cheapest_within, price_for
-from mgptq_export.allocation.column_graph import FEATURES, build_graphs, strongest_edges
+from mgptq_export.allocation.column_graph import FEATURES, build_graphs
+from mgptq_export.allocation.linear import InputColumns, strongest_edges
 from mgptq_export.allocation.network import AllocatorNetwork
 from mgptq_export.solver import factorize
 from mgptq_runtime.errors import BudgetError, NumericalError
@@ -33,7 +34,10 @@ def random_linear(name: str, layer: int, rows: int, columns: int, seed: int, str
     inputs[:, 1:] += 0.7 * inputs[:, :-1]
     factor = factorize(2 / len(inputs) * inputs.t() @ inputs, torch.arange(columns), 0.01, name)
     weight = 0.1 * torch.randn(rows, columns, generator=generator)
-    return LinearProblem(name, layer, 2, weight, factor, strength * torch.rand(rows, generator=generator))
+    sensitivity = strength * torch.rand(rows, generator=generator)
+    return LinearProblem(
+        name, layer, 2, weight, torch.arange(columns), InputColumns.of_factor(factor.upper), sensitivity
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def linears() -> list[LinearProblem]:
     second = random_linear("blk.0.attn_k", 0, 24, 256, 1, strength=30.0)
     return [
         first,
-        replace(second, factor=first.factor),
+        replace(second, inputs=first.inputs),
         random_linear("blk.0.ffn_down", 0, 32, 200, 2),
         random_linear("blk.1.attn_q", 1, 48, 256, 3, strength=5.0),
         random_linear("blk.1.ffn_down", 1, 32, 200, 4, strength=0.1),
@@ -349,7 +353,11 @@ def test_one_network_runs_on_models_of_any_size():
 
 def test_features_do_not_depend_on_the_scale_of_weights_and_activations():
     linear = random_linear("blk.0.x", 0, 32, 192, 7)
-    louder = replace(linear, weight=1000 * linear.weight, factor=replace(linear.factor, upper=linear.factor.upper / 50))
+    inputs = linear.inputs
+    quieter = {name: getattr(inputs, name) / 50**2 for name in ("received", "passed_on")}
+    louder = replace(
+        linear, unordered=1000 * linear.unordered, inputs=replace(inputs, diagonal=inputs.diagonal / 50, **quieter)
+    )
     assert torch.allclose(
         build_graphs(problem_of([linear], 2.5)).features, build_graphs(problem_of([louder], 2.5)).features, atol=1e-4
     )

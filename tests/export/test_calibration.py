@@ -8,8 +8,7 @@ import tiny_models
 import torch
 from small_runs import RECIPE
 
-from mgptq_export.calibration import attribute, calibration_tokens, collect_statistics, file_tokens
-from mgptq_export.calibration.statistics import HessianAccumulator
+from mgptq_export.calibration import HessianAccumulator, attribute, calibration_tokens, collect_statistics, file_tokens
 from mgptq_export.models import SourceModel, load_source
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
 
@@ -64,7 +63,7 @@ def test_every_input_group_gets_the_hessian_of_its_input(source, tokens, layer):
         found = statistics.groups[f"blk.{layer}.{name}"].hessian.double()
         assert torch.allclose(found, 2 / len(x) * x.t() @ x, rtol=1e-4, atol=1e-5 * float(found.abs().max()))
     x = inputs_of(source, source.model.lm_head, tokens)
-    assert torch.allclose(statistics.head_hessian.double(), 2 / len(x) * x.t() @ x, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(statistics.head.hessian.double(), 2 / len(x) * x.t() @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_sensitivity_is_the_mean_squared_gradient_of_the_sampled_loss(odd_model, tokens):

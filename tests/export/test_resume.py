@@ -94,7 +94,9 @@ def test_a_run_that_is_stopped_after_every_record_ends_with_the_same_bytes(
     layers = 2
     of_a_layout = 3 + 1 + 4 * layers + 4 + 1  # trials, allocation, input groups, steps of recovery, the model
     assert len(names) >= 2 + 2 * (of_a_layout - 2)  # trials end early where a proposal comes again
-    assert {"text", "statistics", "trial-1", "allocation", "blk.1.ffn_down", "recovery", "model"} <= set(names)
+    assert {"text", "hessians-1", "sensitivity", "trial-1", "allocation", "blk.1.ffn_down", "recovery", "model"} <= set(
+        names
+    )
 
 
 def test_what_is_finished_is_not_done_again(model, text_file, uninterrupted, tmp_path, monkeypatch):
@@ -176,9 +178,9 @@ def test_a_wrong_input_costs_a_resumed_run_nothing(model, stopped):
 
 
 def test_a_damaged_record_is_named(model, text_file, stopped):
-    record = stopped.parent / "out.unfinished/journal/statistics.safetensors"
+    record = stopped.parent / "out.unfinished/journal/statistics/hessians-0.safetensors"
     record.write_bytes(record.read_bytes()[:-9])
-    with pytest.raises(BadInputError, match=r"statistics\.safetensors is damaged .* start anew with --overwrite"):
+    with pytest.raises(BadInputError, match=r"hessians-0\.safetensors is damaged .* start anew with --overwrite"):
         pipeline.run(str(model), stopped, replace(LONG, calibration=str(text_file)), ["container"], resume=True)
 
 

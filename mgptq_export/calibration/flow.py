@@ -1,0 +1,142 @@
+"""The calibration set's way through a model, one layer after the other."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from mgptq_export.compute import compute_dtype, computing_in
+from mgptq_export.hooks import hooked
+from mgptq_export.models import SourceModel
+
+__all__ = ["HessianAccumulator", "LayerFlow"]
+
+
+class HessianAccumulator:
+    """``H = 2/n sum x x^T`` over the ``n`` activations that a linear reads (MG-PTQ's ``2 X X^T``)."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._sum = torch.zeros(columns, columns, device=device)
+        self._count = 0
+
+    def add(self, activation: torch.Tensor) -> None:
+        """Add activations: float [..., columns]."""
+        rows = activation.detach().reshape(-1, activation.shape[-1]).float()
+        self._sum.addmm_(rows.t(), rows)
+        self._count += rows.shape[0]
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """float32 [columns, columns]."""
+        return self._sum * (2.0 / max(self._count, 1))
+
+
+class _StopForward(Exception):
+    """Enough was seen."""
+
+
+class LayerFlow:
+    """What enters each layer, as the layers before it compute now: hidden states of the calibration set.
+
+    Of the model one layer is in use at a time.
+    """
+
+    def __init__(self, source: SourceModel, tokens: torch.Tensor) -> None:
+        self._source = source
+        self._computing = partial(computing_in, compute_dtype(source.model.device), source.model.device)
+        with torch.no_grad():
+            self._arguments = self._layer_arguments(tokens)
+            self._states = self._first_layer_inputs(tokens)
+
+    @torch.no_grad()
+    def hessians(self, index: int) -> dict[str, torch.Tensor]:
+        """Hessians of a layer's input groups: float32 [columns, columns] by group name."""
+
+        def run(place: int) -> None:
+            with suppress(_StopForward):
+                self._output(index, self._states[place])
+
+        last = self._source.layer_groups(index)[-1].name
+        return self._measured(index, run, stop_after=last)
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Go through a layer."""
+        for place in range(len(self._states)):
+            self._go_through(index, place)
+
+    @torch.no_grad()
+    def advance_measuring(self, index: int) -> dict[str, torch.Tensor]:
+        """Go through a layer, whose Hessians are as in :meth:`hessians`."""
+        return self._measured(index, partial(self._go_through, index))
+
+    @torch.no_grad()
+    def head_hessian(self) -> torch.Tensor:
+        """Hessian of the head's input, once all layers have been gone through: float32 [hidden, hidden]."""
+        accumulator = HessianAccumulator(self._states[0].shape[-1], self._states[0].device)
+        for state in self._states:
+            with self._computing():
+                accumulator.add(self._source.model.model.norm(state))
+        return accumulator.hessian
+
+    def _measured(
+        self, index: int, run: Callable[[int], None], stop_after: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Hessians of a layer's input groups while ``run`` takes every batch through it, by number."""
+        groups = self._source.layer_groups(index)
+        accumulators = {group.name: HessianAccumulator(group.columns, self._states[0].device) for group in groups}
+
+        def feed(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                accumulators[name].add(inputs[0])
+                if name == stop_after:
+                    raise _StopForward
+
+            return add
+
+        handles = []
+        for group in groups:
+            first = next(iter(group.modules.values()))
+            handles.append(first.register_forward_pre_hook(feed(group.name)))
+        with hooked(handles):
+            for place in range(len(self._states)):
+                run(place)
+        return {name: accumulator.hessian for name, accumulator in accumulators.items()}
+
+    def _go_through(self, index: int, place: int) -> None:
+        state = self._states[place]
+        state.copy_(self._output(index, state))
+        self._source.memory.release(state)
+
+    def _output(self, index: int, state: torch.Tensor) -> torch.Tensor:
+        with self._computing():
+            output = self._source.layers[index](state, **self._arguments[index])
+        return output[0] if isinstance(output, tuple) else output
+
+    def _first_layer_inputs(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Hidden states [batch, sequence, hidden] that enter the first layer."""
+        states: list[torch.Tensor] = []
+
+        def catch(module: nn.Module, inputs: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> None:
+            states.append(self._source.memory.keep(inputs[0] if inputs else keywords["hidden_states"]))
+            raise _StopForward
+
+        with hooked([self._source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
+            for batch in tokens.split(self._source.memory.sequences_at_once):
+                with suppress(_StopForward):
+                    self._source.model.model(batch.to(self._source.model.device), use_cache=False)
+        return states
+
+    def _layer_arguments(self, tokens: torch.Tensor) -> list[dict[str, Any]]:
+        """What every layer gets beside the hidden states; of one sequence, which fits a batch of any size."""
+        arguments: list[dict[str, Any]] = []
+
+        def catch(module: nn.Module, inputs: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> None:
+            arguments.append({name: value for name, value in keywords.items() if name != "hidden_states"})
+
+        with hooked([layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self._source.layers]):
+            self._source.model.model(tokens[:1].to(self._source.model.device), use_cache=False)
+        return arguments

@@ -1,0 +1,145 @@
+"""Memory of what outlives a step: weights, hidden states. Where there is not enough of it, in mapped files."""
+
+import copy
+import ctypes
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import psutil
+import torch
+from torch import nn
+
+from mgptq_runtime.errors import OutOfMemoryError
+
+__all__ = ["IN_MEMORY", "Memory", "memory_for", "typed_memory_errors"]
+
+AVAILABLE_SHARE = 0.8
+# The original, what is quantized of it, a trial, an evaluation; Hessians are about as large as the weights.
+MODELS_AT_ONCE = 5
+# Libraries, and what a step takes however small the model is.
+LEAST_BYTES = 1 << 30
+# Numbers that are copied before they are written to disk.
+PIECE = 1 << 24
+M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 1 << 20
+ALLOCATION_FAILURES = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+
+
+class Memory:
+    """Keeps tensors; by default where they are.
+
+    With a folder they go to files there, which are mapped and have no names: the system holds as much of them in
+    memory as there is room for, and nothing is left of them when the process ends, in whatever way.
+
+    Attributes:
+        sequences_at_once: how many sequences of text to compute at a time.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        if self.is_paged:
+            _return_freed_memory_at_once()
+        self.sequences_at_once = 4 if folder is None else 1
+        self._mappings: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether tensors go to files."""
+        return self._folder is not None
+
+    def keep(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor, or its like in a file; what is not on the CPU stays where it is.
+
+        Args:
+            dtype: of what is kept, which then is never the tensor itself.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if self._folder is None or tensor.device.type != "cpu" or not tensor.numel():
+            return tensor if dtype is None else tensor.to(dtype, copy=True)
+        dtype = dtype or tensor.dtype
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            size = tensor.numel() * dtype.itemsize
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full later would kill the process
+            else:
+                file.truncate(size)
+            mapping = mmap.mmap(file.fileno(), size)
+        kept = torch.frombuffer(mapping, dtype=dtype).view(tensor.shape)
+        self._mappings[kept.data_ptr()] = mapping
+        for source, target in zip(tensor.flatten().split(PIECE), kept.flatten().split(PIECE), strict=True):
+            target.copy_(source)
+            self.release(tensor, kept)
+        return kept
+
+    def release(self, *tensors: torch.Tensor) -> None:
+        """Say that tensors are not needed soon: what is in files need not stay in memory."""
+        for tensor in tensors:
+            mapping = self._mappings.get(tensor.data_ptr())
+            if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapping.madvise(mmap.MADV_DONTNEED)
+
+    def copy_of(self, model: nn.Module) -> Any:
+        """A copy of a model, with weights of its own."""
+        own: dict[int, Any] = {}
+        for parameter in model.parameters():
+            values = parameter.data
+            kept = self.keep(values)
+            own[id(parameter)] = nn.Parameter(values.clone() if kept is values else kept, requires_grad=False)
+            self.release(values, kept)
+        return copy.deepcopy(model, own)
+
+    def release_after_use(self, model: Any) -> None:
+        """From now on, release every decoder layer of a model, its embedding and its head when they have computed."""
+        if not self.is_paged:
+            return
+
+        def release(module: nn.Module, inputs: object, output: object) -> None:
+            self.release(*(parameter.data for parameter in module.parameters()))
+
+        for module in (*model.model.layers, model.model.embed_tokens, model.lm_head):
+            module.register_forward_hook(release)
+
+
+IN_MEMORY = Memory()
+"""Keeps everything where it is."""
+
+
+def _return_freed_memory_at_once() -> None:
+    """The C library keeps freed blocks of up to 32 MiB, in the gaps between which larger ones find no room."""
+    with suppress(OSError, AttributeError):  # other systems' libraries
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
+
+
+def memory_for(weights: int, folder: Path, most: int | None) -> Memory:
+    """In memory where a model fits with all that a run makes of it, else in files.
+
+    Args:
+        weights: how many the model has.
+        folder: for files.
+        most: bytes that may be used; None for most of what is available now.
+    """
+    room = int(AVAILABLE_SHARE * psutil.virtual_memory().available) if most is None else most
+    return IN_MEMORY if MODELS_AT_ONCE * 4 * weights + LEAST_BYTES <= room else Memory(folder)
+
+
+@contextmanager
+def typed_memory_errors() -> Iterator[None]:
+    """Raise OutOfMemoryError where there is too little memory; the libraries have names of their own for that."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not any(words in text.lower() for words in ALLOCATION_FAILURES):
+            raise
+        raise OutOfMemoryError(
+            f"there is too little memory ({text.splitlines()[0] if text else 'no details'}); weights lie in files, and "
+            "one sequence of text is computed at a time, with a --max-memory below what the model needs; or lower "
+            "--sequence-length, or free some memory"
+        ) from error

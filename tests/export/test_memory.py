@@ -1,0 +1,157 @@
+"""Models that are larger than what memory there is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgptq_export import memory as memory_module
+from mgptq_export import pipeline
+from mgptq_export.memory import IN_MEMORY, Memory, memory_for, typed_memory_errors
+from mgptq_export.models import load_source
+from mgptq_export.recipe import Recipe
+from mgptq_runtime.errors import BadInputError, OutOfMemoryError
+
+RECIPE = Recipe(samples=8, sequence_length=32, sensitivity_samples=4, trials=2, training_steps=5, recovery_steps=2)
+
+
+@pytest.fixture
+def paged(tmp_path: Path) -> Memory:
+    return Memory(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_what_is_kept_in_a_file_is_what_was_given(paged, dtype, monkeypatch):
+    monkeypatch.setattr(memory_module, "PIECE", 7)
+    tensor = (100 * torch.randn(5, 3, 2)).to(dtype)
+    kept = paged.keep(tensor)
+    assert torch.equal(kept, tensor) and kept.dtype == dtype and kept.data_ptr() != tensor.data_ptr()
+    kept += 1
+    paged.release(kept)
+    assert torch.equal(kept, tensor + 1)
+
+
+def test_files_have_no_names_and_go_with_the_tensor(paged, tmp_path):
+    kept = paged.keep(torch.ones(1000))
+    assert not list(tmp_path.iterdir())
+    mapped = Path("/proc/self/maps").read_text
+    assert str(tmp_path) in mapped()
+    del kept
+    assert str(tmp_path) not in mapped()
+
+
+def test_other_types_are_made_on_the_way(paged):
+    tensor = torch.randn(4, 4).bfloat16()
+    for memory in (paged, IN_MEMORY):
+        kept = memory.keep(tensor, torch.float32)
+        assert kept.dtype == torch.float32 and torch.equal(kept, tensor.float())
+    same = torch.ones(3)
+    assert IN_MEMORY.keep(same) is same and IN_MEMORY.keep(same, torch.float32) is not same
+
+
+def test_a_transposed_tensor_is_kept_as_it_is(paged):
+    tensor = torch.randn(6, 4).t()
+    assert torch.equal(paged.keep(tensor), tensor)
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_a_copy_of_a_model_has_weights_of_its_own(even_model, tmp_path, is_paged):
+    source = load_source(str(even_model), memory=Memory(tmp_path) if is_paged else IN_MEMORY)
+    before = {name: value.clone() for name, value in source.model.state_dict().items()}
+    copied = source.copy()
+    assert copied.tied == source.tied
+    for parameter in copied.model.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in source.model.state_dict().items())
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        assert not torch.equal(source.model(tokens).logits, copied.model(tokens).logits)
+
+
+def test_a_model_in_files_is_the_same_model(even_model, tmp_path):
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = [
+            load_source(str(even_model), memory=memory).model(tokens).logits for memory in (IN_MEMORY, Memory(tmp_path))
+        ]
+    assert torch.equal(*logits)
+
+
+def test_a_run_in_files_gives_a_package_as_good(even_model, tmp_path, capsys):
+    manifests = []
+    for name, most in (("in-memory", None), ("in-files", 1)):
+        manifests.append(
+            pipeline.run(
+                str(even_model), tmp_path / name, RECIPE, ["container", "llama.cpp"], max_memory=most, overwrite=True
+            )
+        )
+    first, second = manifests
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in-files", "in-memory"]
+    assert first["bits"]["requested"] == second["bits"]["requested"]
+    assert second["bits"]["stored"] == pytest.approx(first["bits"]["stored"], abs=0.05)
+
+
+def test_a_full_disk_is_an_error_and_no_crash(even_model, tmp_path, monkeypatch):
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(BadInputError, match="No space left on device"):
+        pipeline.run(str(even_model), tmp_path / "out", RECIPE, ["container"], max_memory=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_used_where_memory_is_short(tmp_path):
+    assert memory_for(10**6, tmp_path, 2**31) is IN_MEMORY
+    assert memory_for(10**9, tmp_path, 2**31).is_paged
+    assert memory_for(10**14, tmp_path, None).is_paged
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+    ],
+)
+def test_too_little_memory_is_typed_and_says_what_would_fit(error):
+    with pytest.raises(OutOfMemoryError, match="--max-memory"), typed_memory_errors():
+        raise error
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), typed_memory_errors():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_a_process_without_memory_ends_with_one_message(even_model, tmp_path):
+    script = (
+        "import sys, torch\n"
+        "from mgptq_export import pipeline\n"
+        "from mgptq_export.cli import main\n"
+        "torch.set_num_threads(1)\n"
+        "pipeline.calibrate = lambda *_: torch.empty(1 << 45)\n"
+        f"sys.argv = ['mgptq-export', 'run', {str(even_model)!r}, '-o', {str(tmp_path / 'out')!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "error: there is too little memory" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_measuring_tool_measures(tmp_path):
+    command = [sys.executable, "tools/measure_memory.py", "--hidden", "512", "--intermediate", "768"]
+    options = ["--vocabulary", "256", "--", "--samples", "2", "--sequence-length", "16", "--allocator", "hessian"]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2]
+    )
+    found = json.loads(done.stdout)
+    assert found["layer_float32"] == pytest.approx(
+        (512 * 512 * 2 + 2 * 64 * 512 + 3 * 512 * 768 + 1024) * 4e-6, abs=0.1
+    )
+    assert found["peak"] >= found["peak_anonymous"] > 0
