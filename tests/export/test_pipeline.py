@@ -127,6 +127,20 @@ def test_the_same_seed_gives_the_same_bytes_in_every_file(package, tmp_path):
     assert contents(tmp_path / "again") == contents(package.folder)
 
 
+def test_another_number_of_threads_gives_a_package_as_good_and_is_told(even_model, text_file, tmp_path):
+    perplexities, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            out, text = tmp_path / str(count), pipeline.EvaluationText(text_file, window=64, windows=4)
+            manifest = pipeline.run(str(even_model), out, RECIPE, ["container"], text=text)
+            assert manifest["threads"] == count
+            perplexities.append(manifest["evaluation"]["results"]["checkpoint"]["perplexity"])
+    finally:
+        torch.set_num_threads(threads)
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=0.01)
+
+
 def test_two_targets_come_from_one_solve(even_model, tmp_path, monkeypatch):
     calls = []
     solve = pipeline.quantize
