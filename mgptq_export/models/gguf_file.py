@@ -20,11 +20,10 @@ from mgptq_runtime.gguf_file import (
     ALIGNMENT,
     MAGIC,
     MAX_DIMENSIONS,
-    MAX_METADATA_KEYS,
     MAX_TENSOR_NAME_BYTES,
-    MAX_TENSORS,
     Cursor,
     MetadataValue,
+    read_counts,
     read_metadata,
 )
 
@@ -116,12 +115,7 @@ def _read(path: Path, cursor: Cursor) -> GgufModel:
     version = cursor.unpack("I", "the version")
     if version not in VERSIONS:
         cursor.fail(f"GGUF version {version}, supported are 2 and 3, little endian", 4)
-    tensor_count = cursor.unpack("Q", "the number of tensors")
-    if tensor_count > MAX_TENSORS:
-        cursor.fail(f"{tensor_count} tensors, at most {MAX_TENSORS} are allowed", 8)
-    key_count = cursor.unpack("Q", "the number of metadata keys")
-    if key_count > MAX_METADATA_KEYS:
-        cursor.fail(f"{key_count} metadata keys, at most {MAX_METADATA_KEYS} are allowed", 16)
+    tensor_count, key_count = read_counts(cursor)
     values = read_metadata(cursor, key_count)
     _check_original(path, values)
     alignment = _alignment(cursor, values.get("general.alignment"))

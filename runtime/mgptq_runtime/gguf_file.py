@@ -26,6 +26,7 @@ __all__ = [
     "TensorInfo",
     "map_gguf",
     "parse_gguf",
+    "read_counts",
     "read_gguf",
     "read_metadata",
 ]
@@ -197,6 +198,21 @@ class Cursor:
             self.fail(f"{what}: {self.array_strings} strings in arrays, at most {MAX_ARRAY_STRINGS} are allowed")
         entry = f"an entry of {what}"
         return [self.string(entry) for _ in range(count)]
+
+
+def read_counts(cursor: Cursor) -> tuple[int, int]:
+    """How many tensors and how many entries of metadata follow, which a file says behind its version.
+
+    Raises:
+        ContainerError: more than are allowed.
+    """
+    tensor_count = cursor.unpack("Q", "the number of tensors")
+    if tensor_count > MAX_TENSORS:
+        cursor.fail(f"{tensor_count} tensors, at most {MAX_TENSORS} are allowed", 8)
+    key_count = cursor.unpack("Q", "the number of metadata keys")
+    if key_count > MAX_METADATA_KEYS:
+        cursor.fail(f"{key_count} metadata keys, at most {MAX_METADATA_KEYS} are allowed", 16)
+    return tensor_count, key_count
 
 
 def _value_type_name(cursor: Cursor, value_type: int, what: str) -> str:
@@ -378,12 +394,7 @@ def parse_gguf(path: Path, buffer: Buffer, architecture: str) -> GGUFFile:
         cursor.fail("the file is big endian, a container is little endian", 4)
     if version != VERSION:
         cursor.fail(f"GGUF version {version}, a container has version {VERSION}", 4)
-    tensor_count = cursor.unpack("Q", "the number of tensors")
-    if tensor_count > MAX_TENSORS:
-        cursor.fail(f"{tensor_count} tensors, at most {MAX_TENSORS} are allowed", 8)
-    key_count = cursor.unpack("Q", "the number of metadata keys")
-    if key_count > MAX_METADATA_KEYS:
-        cursor.fail(f"{key_count} metadata keys, at most {MAX_METADATA_KEYS} are allowed", 16)
+    tensor_count, key_count = read_counts(cursor)
     metadata = read_metadata(cursor, key_count)
     _check_architecture(cursor, metadata, architecture)
     _check_alignment(cursor, metadata)
