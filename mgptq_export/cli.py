@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.recipe import ALLOCATORS, FAST, Recipe
 from mgptq_export.sizes import format_size, parse_size
 from mgptq_runtime.errors import MgptqError
@@ -84,8 +85,8 @@ THREADS = click.option("--threads", type=click.IntRange(1, 256), help="CPU threa
 MAX_MEMORY = click.option(
     "--max-memory",
     callback=_bytes,
-    help="Such as 8GB. Where a run needs more, weights and the like lie in files beside OUT, and are read as they are "
-    "needed. [default: 80 % of what is free]",
+    help="Such as 8GB. Where a model does not fit several times, weights and hidden states lie in files beside OUT. "
+    "[default: 80 % of what is free]",
 )
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings.")
 GGML_TYPES = click.option(
@@ -465,7 +466,8 @@ def main() -> None:
     """Entry point: errors that a user can meet end with one message and exit code 1."""
     exit_on_signals()
     try:
-        cli.main(standalone_mode=False)
+        with typed_memory_errors():
+            cli.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

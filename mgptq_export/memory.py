@@ -5,8 +5,7 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -15,9 +14,7 @@ import psutil
 import torch
 from torch import nn
 
-from mgptq_runtime.errors import OutOfMemoryError
-
-__all__ = ["IN_MEMORY", "Memory", "memory_for", "typed_memory_errors"]
+__all__ = ["IN_MEMORY", "Memory", "memory_for"]
 
 AVAILABLE_SHARE = 0.8
 # The original, what is quantized of it, a trial, an evaluation; Hessians are about as large as the weights.
@@ -27,7 +24,13 @@ LEAST_BYTES = 1 << 30
 # Numbers that are copied before they are written to disk.
 PIECE = 1 << 24
 M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 1 << 20
-ALLOCATION_FAILURES = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+CONTROL_GROUP_FILES = tuple(
+    (Path("/sys/fs/cgroup") / limit, Path("/sys/fs/cgroup") / used)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    )
+)
 
 
 class Memory:
@@ -35,16 +38,13 @@ class Memory:
 
     With a folder they go to files there, which are mapped and have no names: the system holds as much of them in
     memory as there is room for, and nothing is left of them when the process ends, in whatever way.
-
-    Attributes:
-        sequences_at_once: how many sequences of text to compute at a time.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         if self.is_paged:
             _return_freed_memory_at_once()
-        self.sequences_at_once = 4 if folder is None else 1
+            _allow_many_files()
         self._mappings: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
     @property
@@ -113,33 +113,35 @@ IN_MEMORY = Memory()
 
 def _return_freed_memory_at_once() -> None:
     """The C library keeps freed blocks of up to 32 MiB, in the gaps between which larger ones find no room."""
-    with suppress(OSError, AttributeError):  # other systems' libraries
+    with suppress(OSError, AttributeError, TypeError):  # other systems' libraries
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
 
 
+def _allow_many_files() -> None:
+    """Every mapping counts as an open file, and there are some for each weight."""
+    with suppress(ImportError, OSError, ValueError):  # Windows; systems that refuse
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def memory_for(weights: int, folder: Path, most: int | None) -> Memory:
-    """In memory where a model fits with all that a run makes of it, else in files.
+    """In memory where a model fits with all that a run makes of it, else in files. What is computed is the same.
 
     Args:
         weights: how many the model has.
         folder: for files.
         most: bytes that may be used; None for most of what is available now.
     """
-    room = int(AVAILABLE_SHARE * psutil.virtual_memory().available) if most is None else most
+    room = int(AVAILABLE_SHARE * _available()) if most is None else most
     return IN_MEMORY if MODELS_AT_ONCE * 4 * weights + LEAST_BYTES <= room else Memory(folder)
 
 
-@contextmanager
-def typed_memory_errors() -> Iterator[None]:
-    """Raise OutOfMemoryError where there is too little memory; the libraries have names of their own for that."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and not any(words in text.lower() for words in ALLOCATION_FAILURES):
-            raise
-        raise OutOfMemoryError(
-            f"there is too little memory ({text.splitlines()[0] if text else 'no details'}); weights lie in files, and "
-            "one sequence of text is computed at a time, with a --max-memory below what the model needs; or lower "
-            "--sequence-length, or free some memory"
-        ) from error
+def _available() -> int:
+    """Bytes that the machine has left, or the control group that the process is in by itself, as in a container."""
+    room = psutil.virtual_memory().available
+    for limit, used in CONTROL_GROUP_FILES:
+        with suppress(OSError, ValueError):  # no such group; no limit is the word max
+            room = min(room, int(limit.read_text()) - int(used.read_text()))
+    return max(room, 0)

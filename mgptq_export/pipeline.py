@@ -26,7 +26,8 @@ from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_window
 from mgptq_export.golden import make_golden
 from mgptq_export.journal import Journal, Record
 from mgptq_export.layouts import COLUMNS, LAYOUTS, Calibration, Layout
-from mgptq_export.memory import memory_for, typed_memory_errors
+from mgptq_export.memory import IN_MEMORY, memory_for
+from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.models import SourceModel, count_model_weights, load_quantized_weights, load_source
 from mgptq_export.output import MANIFEST_KEYS, new_folder, unfinished_run
 from mgptq_export.planning import bits_for_size
@@ -118,7 +119,9 @@ def run(
     """
     layouts = _layouts_of(targets)
     with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way, typed_memory_errors():
-        memory = memory_for(count_model_weights(model), under_way.folder.parent, max_memory)
+        on_cpu = device.split(":")[0] == "cpu"
+        files = under_way.folder.parent
+        memory = memory_for(count_model_weights(model), files, max_memory) if on_cpu else IN_MEMORY
         source = load_source(model, device=device, trust_remote_code=trust_remote_code, memory=memory)
         for target in targets:
             target_named(target).check_config(source.model.config)
@@ -494,7 +497,6 @@ def _identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> di
         "targets": list(targets),
         "threads": torch.get_num_threads(),
         "device": str(source.model.device),
-        "sequences_at_once": source.memory.sequences_at_once,
         "versions": _versions(),
     }
 

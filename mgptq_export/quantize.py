@@ -1,4 +1,4 @@
-"""Quantizing a model: calibrate, allocate, solve. Everything here works on a model in memory."""
+"""Quantizing a model: calibrate, allocate, solve. Everything here works on a loaded model."""
 
 import math
 from dataclasses import dataclass, replace

@@ -51,10 +51,9 @@ def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tenso
     names = [name for group in quantized.groups() for name in group.modules]
     losses = torch.zeros(len(names), len(tokens), dtype=torch.float64)
     total = 0.0
-    at_once = min(SEQUENCES_AT_ONCE, original.memory.sequences_at_once)
-    batches = tokens.split(at_once)
+    batches = tokens.split(SEQUENCES_AT_ONCE)
     with track("Measuring the quantized model", len(batches)) as advance:
-        for batch, part in zip(batches, losses.split(at_once, dim=1), strict=True):
+        for batch, part in zip(batches, losses.split(SEQUENCES_AT_ONCE, dim=1), strict=True):
             with _watched(original, quantized, part), recomputing(quantized), computing_in(dtype, device):
                 divergence = _divergence(original.model, quantized.model, batch.to(device))
                 if not torch.isfinite(divergence):

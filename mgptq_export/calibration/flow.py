@@ -14,6 +14,8 @@ from mgptq_export.models import SourceModel
 
 __all__ = ["HessianAccumulator", "LayerFlow"]
 
+SEQUENCES_AT_ONCE = 4
+
 
 class HessianAccumulator:
     """``H = 2/n sum x x^T`` over the ``n`` activations that a linear reads (MG-PTQ's ``2 X X^T``)."""
@@ -125,7 +127,7 @@ class LayerFlow:
             raise _StopForward
 
         with hooked([self._source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
-            for batch in tokens.split(self._source.memory.sequences_at_once):
+            for batch in tokens.split(SEQUENCES_AT_ONCE):
                 with suppress(_StopForward):
                     self._source.model.model(batch.to(self._source.model.device), use_cache=False)
         return states

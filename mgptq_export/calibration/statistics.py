@@ -103,8 +103,7 @@ def _measure_hessians(source: SourceModel, tokens: torch.Tensor, journal: Journa
     def take(name: str, measure: Callable[[], dict[str, torch.Tensor]]) -> None:
         record = journal.once(name, lambda: Record(_arrays(measure())))
         for key, values in record.arrays.items():
-            hessians[key] = source.memory.keep(torch.from_numpy(values).to(source.model.device))
-            source.memory.release(hessians[key])
+            hessians[key] = torch.from_numpy(values).to(source.model.device)
 
     known = {name for name in (*names, HEAD) if name in journal}
     flow = LayerFlow(source, tokens) if len(known) <= len(names) else None

@@ -157,11 +157,13 @@ def _train(
     steps = len(batches)
     warm_up = int(steps * WARM_UP_SHARE)
     taken = journal.get("recovery")
+    done = 0
     if taken:
-        optimizer.restore(taken.arrays, taken.facts)
+        done = taken.facts
+        optimizer.restore(taken.arrays, done)
     with track("Recovering", steps) as advance:
         for step, batch in enumerate(batches):
-            if taken and step < taken.facts:
+            if step < done:
                 advance()
                 continue
             loss = losses.on(batch)

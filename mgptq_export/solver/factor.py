@@ -76,7 +76,7 @@ def _permuted(matrix: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse_upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
-    """Of float64 [columns, columns], whose memory is used."""
+    """Of float64 [columns, columns], which is overwritten."""
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, out=(matrix, info))
     if info:
