@@ -70,7 +70,8 @@ class Journal:
         """The record of this name, or None.
 
         Raises:
-            BadInputError: it cannot be read.
+            BadInputError: it is damaged.
+            OSError: the system cannot read it now.
         """
         if name not in self:
             return None
@@ -81,6 +82,8 @@ class Journal:
                 arrays = {name: file.get_tensor(name).numpy() for name in names}
                 return Record(arrays, json.loads(file.metadata()[FACTS]))
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.errno:  # the system's fault, not the file's
+                raise
             raise BadInputError(f"{path} is damaged ({error}); start anew with --overwrite") from error
 
     def put(self, name: str, record: Record) -> None:
