@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SAMPLING_SECONDS = 0.01
-IMPORTED = "import mgptq_export.pipeline, transformers.models.llama.modeling_llama, sys; print(); sys.stdin.read()"
+IMPORTED = (
+    "import mgptq_export.pipeline, transformers.models.llama.modeling_llama, sys; print(flush=True); sys.stdin.read()"
+)
 DEFAULTS = ["--calibration", "self", "--samples", "8", "--recovery-steps", "0", "--max-memory", "1GB"]
 
 

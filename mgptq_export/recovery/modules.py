@@ -91,7 +91,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _BlockProduct(torch.autograd.Function):
-    """``x @ weight.T`` that keeps the input and the weights in ``dtype``."""
+    """``x @ weight.T`` that keeps its input in ``dtype``; the weights are made anew on the way back."""
 
     @staticmethod
     def forward(
@@ -104,13 +104,14 @@ class _BlockProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         inputs = x.reshape(-1, x.shape[-1]).to(dtype)
         weight = matrix.weight(Factors(scales, minima), dtype)
-        ctx.save_for_backward(inputs, weight)
+        ctx.save_for_backward(inputs, scales, minima)
         ctx.matrix, ctx.shape, ctx.dtype = matrix, x.shape, x.dtype
         return (inputs @ weight.T).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        inputs, weight = ctx.saved_tensors
+        inputs, scales, minima = ctx.saved_tensors
+        weight = ctx.matrix.weight(Factors(scales, minima), inputs.dtype)
         gradient = gradients[0].reshape(-1, len(weight))
         of_factors = ctx.matrix.take_gradient(_transposed(gradient) @ inputs)
         of_inputs = (gradient @ weight).to(ctx.dtype).view(ctx.shape) if ctx.needs_input_grad[0] else None

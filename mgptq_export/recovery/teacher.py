@@ -32,5 +32,5 @@ class Teacher:
                 output = model.model(batch.to(model.device), use_cache=False)
                 states.append(output.last_hidden_state.to(dtype))
                 advance()
-        self.states = torch.cat(states)
+        self.states = original.memory.keep(torch.cat(states))
         self.head = model.lm_head.weight.detach().to(dtype)
