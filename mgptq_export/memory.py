@@ -85,6 +85,10 @@ class Memory:
             if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
                 mapping.madvise(mmap.MADV_DONTNEED)
 
+    def release_weights(self, module: nn.Module) -> None:
+        """Say that a module's weights are not needed soon."""
+        self.release(*(parameter.data for parameter in module.parameters()))
+
     def copy_of(self, model: nn.Module) -> Any:
         """A copy of a model, with weights of its own."""
         own: dict[int, Any] = {}
@@ -101,7 +105,7 @@ class Memory:
             return
 
         def release(module: nn.Module, inputs: object, output: object) -> None:
-            self.release(*(parameter.data for parameter in module.parameters()))
+            self.release_weights(module)
 
         for module in (*model.model.layers, model.model.embed_tokens, model.lm_head):
             module.register_forward_hook(release)

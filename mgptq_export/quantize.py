@@ -138,7 +138,7 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
     groups = dict(renumbered.groups)
     for index, layer in enumerate(source.layers):
         _renumber_intermediate(source, layer, index, groups, orders)
-        source.release()
+        source.memory.release_weights(layer)
     return Calibration(tokens, tokens[:held_out] if held_out else tokens, replace(renumbered, groups=groups), orders)
 
 
@@ -149,7 +149,7 @@ def _renumber_hidden(source: SourceModel, statistics: ModelStatistics) -> ModelS
     importance = torch.stack([diagonal / diagonal.mean() for diagonal in diagonals]).mean(0)
     order = importance.argsort(descending=True, stable=True)
     source.family.reorder_hidden(source.model, order)
-    source.release()
+    source.memory.release_weights(source.model)
     groups = {
         name: replace(group, order=order) if name in reading else _outputs_renumbered(group, order)
         for name, group in statistics.groups.items()
@@ -220,7 +220,7 @@ def solve(
                     repairs |= {group.name: record.facts["repairs"]} if record.facts["repairs"] else {}
                 if flow:
                     flow.advance(index)
-                source.memory.release(*(parameter.data for parameter in source.layers[index].parameters()))
+                source.memory.release_weights(source.layers[index])
                 advance()
     return _quantized_model(source, groups, embedding, head)
 

@@ -35,7 +35,7 @@ def _recomputing(layer: nn.Module, forward: Callable[..., Any], source: SourceMo
             return forward(hidden, **keywords)
 
         def done(gradient: torch.Tensor) -> None:
-            source.memory.release(*(parameter.data for parameter in layer.parameters()))
+            source.memory.release_weights(layer)
 
         # What enters a layer gets its gradient when the layer has been gone back through.
         passed = hidden.view_as(hidden)

@@ -81,10 +81,6 @@ class SourceModel:
         self.family.prepare(model)
         return replace(self, model=model)
 
-    def release(self) -> None:
-        """Say that the weights are not needed soon."""
-        self.memory.release(*(parameter.data for parameter in self.model.parameters()))
-
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers."""

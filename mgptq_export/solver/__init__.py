@@ -2,9 +2,7 @@
 
 from mgptq_export.solver.blockwise import (
     BlockwiseSolution,
-    column_importance,
     pack_linear,
-    pad_columns,
     solve_blockwise,
 )
 from mgptq_export.solver.factor import InverseFactor, factorize
@@ -25,12 +23,10 @@ __all__ = [
     "InverseFactor",
     "TensorSolution",
     "best_rows",
-    "column_importance",
     "factorize",
     "grid_of",
     "pack_linear",
     "pack_tensor",
-    "pad_columns",
     "search_scales",
     "solve_blockwise",
     "solve_tensor",
