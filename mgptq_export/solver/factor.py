@@ -13,6 +13,7 @@ __all__ = ["InverseFactor", "factorize"]
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 6
+FACTOR_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,28 @@ def _permuted(matrix: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse_upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
-    """Of float64 [columns, columns], which is overwritten."""
-    info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
-    if info:
-        return None
-    torch.cholesky_inverse(matrix, out=matrix)
-    torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, info))
-    return None if info or not torch.isfinite(matrix).all() else matrix
+    """``U`` with ``inv(M) = U^T U``, in the place of ``M``, float64 [columns, columns]; None if it is not positive.
+
+    With ``R = inv(U)``, which is upper triangular, too, ``M = R R^T``: a Cholesky factorization that begins at the last
+    column. So neither the inverse is ever formed, nor a second factor, and nothing needs the room of a second matrix.
+    """
+    starts = range(0, len(matrix), FACTOR_COLUMNS)
+    for start in reversed(starts):
+        own = slice(start, start + FACTOR_COLUMNS)
+        reversed_factor, info = torch.linalg.cholesky_ex(matrix[own, own].flip(0, 1))
+        if info:
+            return None
+        matrix[own, own] = corner = reversed_factor.flip(0, 1)
+        above = matrix[:start, own]
+        above.copy_(torch.linalg.solve_triangular(corner.T, above, upper=False, left=False))
+        for before in range(0, start, FACTOR_COLUMNS):
+            stop = before + FACTOR_COLUMNS
+            matrix[:stop, before:stop].addmm_(above[:stop], above[before:stop].T, alpha=-1)
+    matrix.triu_()
+    for start in starts:
+        own = slice(start, start + FACTOR_COLUMNS)
+        identity = torch.eye(len(matrix[own]), dtype=matrix.dtype, device=matrix.device)
+        corner = torch.linalg.solve_triangular(matrix[own, own], identity, upper=True)
+        matrix[:start, own] = matrix[:start, :start] @ matrix[:start, own] @ -corner
+        matrix[own, own] = corner
+    return matrix if torch.isfinite(matrix).all() else None

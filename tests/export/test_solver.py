@@ -83,6 +83,16 @@ def test_the_solution_is_textbook_gptqs(columns, formats):
     assert torch.equal(solution.values[clear, :columns].double(), expected[clear])
 
 
+@pytest.mark.parametrize("columns", [1, 256, 700])
+def test_the_factor_is_that_of_the_damped_inverse_in_the_permuted_order(columns):
+    hessian = hessian_of(activations(columns))
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
+    upper = factorize(hessian, order, 0.01, "group").upper.double()
+    damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns))[order][:, order]
+    assert torch.equal(upper, upper.triu())
+    assert torch.allclose(upper.t() @ upper @ damped, torch.eye(columns, dtype=torch.float64), atol=1e-4)
+
+
 def test_linears_of_a_group_are_solved_as_if_alone():
     hessian, weight = hessian_of(activations(128)).float(), random_weight(128)
     upper = factorize(hessian, natural(128), 0.01, "group").upper
