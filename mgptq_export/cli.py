@@ -120,6 +120,7 @@ RECIPE = _options(
         help="'self' (sampled from the model), a .txt or .jsonl file, or a hub data set.",
     ),
     _count("--samples", 1, "Calibration sequences."),
+    _count("--own-samples", 0, "Calibration sequences that the model writes itself, beside those of a text."),
     _count("--sequence-length", 2, "Tokens per calibration sequence."),
     click.option("--seed", type=int, default=Recipe.seed, show_default=True),
     click.option(
@@ -131,6 +132,13 @@ RECIPE = _options(
     ),
     GGML_TYPES,
     _count("--trials", 1, "Quantizations of the whole model that the gnn allocator learns from."),
+    click.option(
+        "--drift-correction",
+        type=click.FloatRange(0, 1),
+        default=Recipe.drift_correction,
+        show_default=True,
+        help="Share of what quantized layers have changed that the linears after them make up for.",
+    ),
     _count(
         "--recovery-steps",
         0,

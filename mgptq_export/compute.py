@@ -1,11 +1,11 @@
 """The type that a model is computed in, and how much of it at once."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-__all__ = ["compute_dtype", "computing_in", "pieces"]
+__all__ = ["compute_dtype", "computing_in", "multiplying_in", "pieces"]
 
 # What is made in float32 of this many numbers stays in a processor's cache.
 CACHED_NUMBERS = 1 << 18
@@ -27,6 +27,17 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """Matrix products and attention of a float32 model in ``dtype``, and what follows from these."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def multiplying_in(dtype: torch.dtype) -> Iterator[None]:
+    """Products of float32 matrices as of ``dtype``, their sums in float32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def pieces(matrix: torch.Tensor) -> Iterator[slice]:

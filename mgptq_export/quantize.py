@@ -12,8 +12,9 @@ from torch import nn
 
 from mgptq_export.allocation import Trial
 from mgptq_export.calibration import (
+    DriftFlow,
     GroupStatistics,
-    LayerFlow,
+    Measured,
     ModelStatistics,
     attribute,
     calibration_tokens,
@@ -25,6 +26,7 @@ from mgptq_export.journal import FORGETFUL, Journal, Record
 from mgptq_export.layouts import COLUMNS, Allocated, Calibration, Layout
 from mgptq_export.models import SourceModel, load_dequantized
 from mgptq_export.recipe import Recipe
+from mgptq_export.solver import factorize
 from mgptq_runtime.errors import BudgetError
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, GGML_FORMATS, padded_columns
 from mgptq_runtime.progress import track
@@ -33,6 +35,8 @@ from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, Quantized
 __all__ = ["Quantization", "Repairs", "calibrate", "check_budget", "quantize", "round_to_nearest", "solve"]
 
 HELD_OUT_ONE_IN = 8
+# Relative to the mean of a Hessian's diagonal: with less, weights follow what only the calibration text shows.
+DRIFT_DAMPING = 0.1
 
 
 Repairs = dict[str, dict[str, Any]]
@@ -199,30 +203,52 @@ def solve(
         repairs: gets what had to be mended.
     """
     repairs = {} if repairs is None else repairs
+    original = source.copy() if propagate and recipe.drift_correction else None
+    embedding, head = _solve_tables(source, calibration.statistics.head.hessian, recipe, layout)
+    flow = DriftFlow(source, original, calibration.tokens) if propagate else None
 
-    def solved(group: GroupModules, hessians: dict[str, torch.Tensor]) -> Record:
-        hessian = hessians.pop(group.name) if propagate else calibration.statistics.groups[group.name].hessian
+    def solved(index: int, group: GroupModules) -> Record:
+        if flow is None:
+            hessian = calibration.statistics.groups[group.name].hessian
+        else:
+            measured = flow.measure(index, group)
+            _correct_drift(group, measured, recipe)
+            hessian = measured.hessian
         return _solve_group(group, hessian, allocated, recipe, layout)
 
-    embedding, head = _solve_tables(source, calibration.statistics.head.hessian, recipe, layout)
     groups = []
-    with torch.no_grad():
-        flow = LayerFlow(source, calibration.tokens) if propagate else None
-        with track("Quantizing", len(source.layers)) as advance:
-            for index in range(len(source.layers)):
-                modules = source.layer_groups(index)
-                # Activations within a layer are those of its weights before any of them is replaced.
-                missing = any(group.name not in journal for group in modules)
-                hessians = flow.hessians(index) if flow and missing else {}
-                for group in modules:
-                    record = journal.once(group.name, partial(solved, group, hessians))
-                    groups.append(_replace_group(source, group, record))
-                    repairs |= {group.name: record.facts["repairs"]} if record.facts["repairs"] else {}
-                if flow:
-                    flow.advance(index)
-                source.memory.release_weights(source.layers[index])
-                advance()
+    with torch.no_grad(), track("Quantizing", len(source.layers)) as advance:
+        for index in range(len(source.layers)):
+            modules = source.layer_groups(index)
+            if flow:
+                flow.enter(index, measuring=any(group.name not in journal for group in modules))
+            for group in modules:
+                record = journal.once(group.name, partial(solved, index, group))
+                groups.append(_replace_group(source, group, record))
+                repairs |= {group.name: record.facts["repairs"]} if record.facts["repairs"] else {}
+            if flow:
+                flow.leave(index)
+            source.memory.release_weights(source.layers[index])
+            advance()
     return _quantized_model(source, groups, embedding, head)
+
+
+def _correct_drift(group: GroupModules, measured: Measured, recipe: Recipe) -> None:
+    """Change a group's weights so that their outputs make up for some of what earlier layers have changed.
+
+    A linear with weight ``W`` reads ``x``, and its outputs lie ``d`` behind the original's. Weights that make up for a
+    share ``s`` of it as well as a linear can, ``sum |(W' - W) x - s d|^2`` being least, are
+    ``W' = W + s (sum d x^T) inv(sum x x^T)``. To round these instead of ``W`` is the asymmetric calibration of GPTAQ
+    (arXiv 2504.02692); here the residual stream's drift counts as well.
+    """
+    if measured.drift is None:
+        return
+    natural = torch.arange(group.columns, device=measured.hessian.device)
+    inverse = factorize(measured.hessian, natural, DRIFT_DAMPING, group.name).upper
+    for module in group.modules.values():
+        weight: Any = module.weight
+        behind = measured.behind(weight)
+        weight += recipe.drift_correction * (behind @ inverse.t() @ inverse)
 
 
 def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> QuantizedModel:

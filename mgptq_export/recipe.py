@@ -11,7 +11,7 @@ __all__ = ["ALLOCATORS", "FAST", "Recipe"]
 
 ALLOCATORS = ("gnn", "hessian", "uniform")
 # For a first look: less of all that takes time.
-FAST: dict[str, Any] = {"samples": 16, "trials": 2, "training_steps": 40, "recovery_steps": 15}
+FAST: dict[str, Any] = {"samples": 16, "own_samples": 0, "trials": 2, "training_steps": 40, "recovery_steps": 15}
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Recipe:
     allocator: ``gnn``, ``hessian`` or ``uniform``.
     calibration: ``self``, a file, or a hub data set.
     samples, sequence_length: size of the calibration set, in sequences and tokens; fewer where the text is shorter.
+    own_samples: sequences that the model writes itself, beside those of a text.
     sensitivity_samples: sequences whose loss gradients weigh the layers against one another.
     damping: of the Hessians, relative to the mean of their diagonal.
+    drift_correction: share of what the quantized layers before it have changed that every linear makes up for, 0 to 1.
     seed: of everything random.
     trials: quantizations of the whole model that the allocator network learns from.
     training_steps: of the network, after every trial but the last.
@@ -43,9 +45,11 @@ class Recipe:
     allocator: str = "gnn"
     calibration: str = "self"
     samples: int = 128
+    own_samples: int = 64
     sequence_length: int = 512
     sensitivity_samples: int = 8
     damping: float = 0.01
+    drift_correction: float = 0.5
     seed: int = 0
     trials: int = 5
     training_steps: int = 60
@@ -63,14 +67,17 @@ class Recipe:
         for name in ("samples", "sequence_length", "sensitivity_samples", "trials"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if self.recovery_steps < 0:
-            raise BadInputError(f"recovery_steps is {self.recovery_steps}, must be 0 or more")
+        for name in ("own_samples", "recovery_steps"):
+            if getattr(self, name) < 0:
+                raise BadInputError(f"{name} is {getattr(self, name)}, must be 0 or more")
         if self.recovery_minutes is not None and not 0 < self.recovery_minutes < math.inf:
             raise BadInputError(f"recovery_minutes is {self.recovery_minutes}, must be above 0")
         if self.size is not None and self.size < 1:
             raise BadInputError(f"size is {self.size} bytes, must be at least 1")
         if not 0 <= self.seed < 1 << 63:
             raise BadInputError(f"seed is {self.seed}, must be 0 to 2^63 - 1")
+        if not 0 <= self.drift_correction <= 1:
+            raise BadInputError(f"drift_correction is {self.drift_correction}, must be 0 to 1")
         if not self.damping > 0:
             raise BadInputError(f"damping is {self.damping}, must be above 0")
 

@@ -12,7 +12,9 @@ from mgptq_export.recipe import Recipe
 # Whole blocks of 64 columns, and enough of them for a fine-grained budget.
 EVEN = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
 
-RECIPE = Recipe(samples=4, sequence_length=64, sensitivity_samples=2, trials=2, training_steps=3, recovery_steps=0)
+RECIPE = Recipe(
+    samples=4, own_samples=1, sequence_length=64, sensitivity_samples=2, trials=2, training_steps=3, recovery_steps=0
+)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """Calibration: the text, and what it tells about the model."""
 
 from mgptq_export.calibration.attribution import Attribution, attribute
+from mgptq_export.calibration.drift import DriftFlow, Measured
 from mgptq_export.calibration.flow import HessianAccumulator, LayerFlow
 from mgptq_export.calibration.statistics import GroupStatistics, ModelStatistics, collect_statistics
 from mgptq_export.calibration.text import calibration_tokens, file_tokens, recovery_tokens
 
 __all__ = [
     "Attribution",
+    "DriftFlow",
     "GroupStatistics",
     "HessianAccumulator",
     "LayerFlow",
+    "Measured",
     "ModelStatistics",
     "attribute",
     "calibration_tokens",

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from mgptq_export.compute import compute_dtype, computing_in
+from mgptq_export.compute import compute_dtype, computing_in, multiplying_in
 from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel
 
-__all__ = ["HessianAccumulator", "LayerFlow"]
+__all__ = ["HessianAccumulator", "LayerFlow", "StopForward"]
 
 SEQUENCES_AT_ONCE = 4
 
 
 class HessianAccumulator:
-    """``H = 2/n sum x x^T`` over the ``n`` activations that a linear reads (MG-PTQ's ``2 X X^T``)."""
+    """``H = 2/n sum x x^T`` over the ``n`` activations that a linear reads (MG-PTQ's ``2 X X^T``).
+
+    Activations are rounded as the linear itself rounds them, to the type that the model is computed in.
+    """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self._sum = torch.zeros(columns, columns, device=device)
@@ -27,7 +30,8 @@ class HessianAccumulator:
     def add(self, activation: torch.Tensor) -> None:
         """Add activations: float [..., columns]."""
         rows = activation.detach().reshape(-1, activation.shape[-1]).float()
-        self._sum.addmm_(rows.t(), rows)
+        with multiplying_in(compute_dtype(rows.device)):
+            self._sum.addmm_(rows.t(), rows)
         self._count += rows.shape[0]
 
     @property
@@ -36,7 +40,7 @@ class HessianAccumulator:
         return self._sum * (2.0 / max(self._count, 1))
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Enough was seen."""
 
 
@@ -44,78 +48,59 @@ class LayerFlow:
     """What enters each layer, as the layers before it compute now: hidden states of the calibration set.
 
     Of the model one layer is in use at a time.
+
+    Attributes:
+        source: the model.
+        states: float32 [batch, sequence, hidden] each, overwritten on the way.
     """
 
     def __init__(self, source: SourceModel, tokens: torch.Tensor) -> None:
-        self._source = source
+        self.source = source
         self._computing = partial(computing_in, compute_dtype(source.model.device), source.model.device)
         with torch.no_grad():
             self._arguments = self._layer_arguments(tokens)
-            self._states = self._first_layer_inputs(tokens)
-
-    @torch.no_grad()
-    def hessians(self, index: int) -> dict[str, torch.Tensor]:
-        """Hessians of a layer's input groups: float32 [columns, columns] by group name."""
-
-        def run(place: int) -> None:
-            with suppress(_StopForward):
-                self._output(index, self._states[place])
-
-        last = self._source.layer_groups(index)[-1].name
-        return self._measured(index, run, stop_after=last)
+            self.states = self._first_layer_inputs(tokens)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Go through a layer."""
-        for place in range(len(self._states)):
-            self._go_through(index, place)
+        for place in range(len(self.states)):
+            self.go_through(index, place)
 
     @torch.no_grad()
     def advance_measuring(self, index: int) -> dict[str, torch.Tensor]:
-        """Go through a layer, whose Hessians are as in :meth:`hessians`."""
-        return self._measured(index, partial(self._go_through, index))
+        """Go through a layer, whose Hessians are measured: float32 [columns, columns] by group name."""
+        groups = self.source.layer_groups(index)
+        accumulators = {group.name: HessianAccumulator(group.columns, self.states[0].device) for group in groups}
+
+        def feed(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            return lambda module, inputs: accumulators[name].add(inputs[0])
+
+        readers = [(group.name, next(iter(group.modules.values()))) for group in groups]
+        with hooked(module.register_forward_pre_hook(feed(name)) for name, module in readers):
+            self.advance(index)
+        return {name: accumulator.hessian for name, accumulator in accumulators.items()}
 
     @torch.no_grad()
     def head_hessian(self) -> torch.Tensor:
         """Hessian of the head's input, once all layers have been gone through: float32 [hidden, hidden]."""
-        accumulator = HessianAccumulator(self._states[0].shape[-1], self._states[0].device)
-        for state in self._states:
+        accumulator = HessianAccumulator(self.states[0].shape[-1], self.states[0].device)
+        for state in self.states:
             with self._computing():
-                accumulator.add(self._source.model.model.norm(state))
+                accumulator.add(self.source.model.model.norm(state))
         return accumulator.hessian
 
-    def _measured(
-        self, index: int, run: Callable[[int], None], stop_after: str | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Hessians of a layer's input groups while ``run`` takes every batch through it, by number."""
-        groups = self._source.layer_groups(index)
-        accumulators = {group.name: HessianAccumulator(group.columns, self._states[0].device) for group in groups}
+    @torch.no_grad()
+    def go_through(self, index: int, place: int) -> None:
+        """Take one batch through a layer, by number."""
+        state = self.states[place]
+        state.copy_(self.output(index, state))
+        self.source.memory.release(state)
 
-        def feed(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-            def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                accumulators[name].add(inputs[0])
-                if name == stop_after:
-                    raise _StopForward
-
-            return add
-
-        handles = []
-        for group in groups:
-            first = next(iter(group.modules.values()))
-            handles.append(first.register_forward_pre_hook(feed(group.name)))
-        with hooked(handles):
-            for place in range(len(self._states)):
-                run(place)
-        return {name: accumulator.hessian for name, accumulator in accumulators.items()}
-
-    def _go_through(self, index: int, place: int) -> None:
-        state = self._states[place]
-        state.copy_(self._output(index, state))
-        self._source.memory.release(state)
-
-    def _output(self, index: int, state: torch.Tensor) -> torch.Tensor:
+    def output(self, index: int, state: torch.Tensor) -> torch.Tensor:
+        """What a layer makes of hidden states, float32 [batch, sequence, hidden]."""
         with self._computing():
-            output = self._source.layers[index](state, **self._arguments[index])
+            output = self.source.layers[index](state, **self._arguments[index])
         return output[0] if isinstance(output, tuple) else output
 
     def _first_layer_inputs(self, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -123,13 +108,13 @@ class LayerFlow:
         states: list[torch.Tensor] = []
 
         def catch(module: nn.Module, inputs: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> None:
-            states.append(self._source.memory.keep(inputs[0] if inputs else keywords["hidden_states"]))
-            raise _StopForward
+            states.append(self.source.memory.keep(inputs[0] if inputs else keywords["hidden_states"]))
+            raise StopForward
 
-        with hooked([self._source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
+        with hooked([self.source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
             for batch in tokens.split(SEQUENCES_AT_ONCE):
-                with suppress(_StopForward):
-                    self._source.model.model(batch.to(self._source.model.device), use_cache=False)
+                with suppress(StopForward):
+                    self.source.model.model(batch.to(self.source.model.device), use_cache=False)
         return states
 
     def _layer_arguments(self, tokens: torch.Tensor) -> list[dict[str, Any]]:
@@ -139,6 +124,6 @@ class LayerFlow:
         def catch(module: nn.Module, inputs: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> None:
             arguments.append({name: value for name, value in keywords.items() if name != "hidden_states"})
 
-        with hooked([layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self._source.layers]):
-            self._source.model.model(tokens[:1].to(self._source.model.device), use_cache=False)
+        with hooked([layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self.source.layers]):
+            self.source.model.model(tokens[:1].to(self.source.model.device), use_cache=False)
         return arguments

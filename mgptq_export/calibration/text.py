@@ -2,9 +2,11 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mgptq_export.compute import compute_dtype
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
@@ -51,7 +53,9 @@ def _tokens(text: str, source: SourceModel) -> list[int]:
 
 
 def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
-    """The calibration set that the recipe asks for: int64 [samples, sequence_length], fewer where the text is shorter.
+    """The calibration set that the recipe asks for, in random order: int64 [sequences, sequence_length].
+
+    Of a text as many sequences as it has, up to ``samples``, and ``own_samples`` that the model writes.
 
     Raises:
         CalibrationError: the text is shorter than a sequence.
@@ -74,14 +78,20 @@ def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
         )
     if len(sequences) < min(recipe.samples, FEW_SEQUENCES):
         logger.warning("%s gives only %d sequences; more text would help", recipe.calibration, len(sequences))
-    return sequences[torch.randperm(len(sequences), generator=generator)[: recipe.samples]]
+    chosen = sequences[torch.randperm(len(sequences), generator=generator)[: recipe.samples]]
+    if not recipe.own_samples:
+        return chosen
+    own = sample_from_model(source, recipe.own_samples, recipe.sequence_length, generator)
+    together = torch.cat([chosen, own])
+    return together[torch.randperm(len(together), generator=generator)]
 
 
 def recovery_tokens(source: SourceModel, recipe: Recipe, calibration: torch.Tensor) -> torch.Tensor:
-    """All of the calibration text, int64 [sequences, sequence_length]; ``calibration`` where the model wrote it."""
+    """The calibration set and all the rest of the text: int64 [sequences, sequence_length], none twice."""
     if recipe.calibration == "self":
         return calibration
-    return _whole_sequences(_text_tokens(source, recipe), recipe.sequence_length)
+    text = _whole_sequences(_text_tokens(source, recipe), recipe.sequence_length)
+    return torch.cat([calibration, text]).unique(dim=0)
 
 
 def _text_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
@@ -120,7 +130,7 @@ def sample_from_model(source: SourceModel, samples: int, length: int, generator:
 
     Tokens are sampled at temperature 1. The end-of-sequence token is never sampled, so every sequence is full.
     """
-    model = source.model
+    model = _for_sampling(source)
     device = model.device
     vocabulary = model.config.vocab_size
     ended = model.config.eos_token_id
@@ -136,7 +146,24 @@ def sample_from_model(source: SourceModel, samples: int, length: int, generator:
             if not torch.isfinite(logits).all():
                 raise NumericalError("the model's logits are NaN or infinite on text of its own; check the model")
             logits[:, ended] = float("-inf")
-            probabilities = torch.softmax(logits, -1)
-            tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], 1)
+            tokens = torch.cat([tokens, _drawn(torch.softmax(logits, -1), generator)], 1)
             advance()
     return tokens
+
+
+def _for_sampling(source: SourceModel) -> Any:
+    """The model, or a copy in the type that it is computed in: every token reads all weights."""
+    dtype = compute_dtype(source.model.device)
+    if dtype == torch.float32:
+        return source.model
+    model = source.copy().model
+    for parameter in model.parameters():  # buffers hold rotary frequencies, which need float32
+        parameter.data = source.memory.keep(parameter.data, dtype)
+    return model
+
+
+def _drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One place of every row by its probability: int64 [rows, 1]. ``torch.multinomial`` takes three times as long."""
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    chosen = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
+    return torch.searchsorted(sums, chosen, right=True).clamp_max_(sums.shape[1] - 1)

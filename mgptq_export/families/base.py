@@ -195,6 +195,11 @@ class Family:
         linears = {name: path for name, path in self.linear_paths().items() if name not in fused}
         return {**linears, **self.gguf_tensors, **self.norms}
 
+    @property
+    def adds_to_stream(self) -> bool:
+        """Whether what attn_output and ffn_down put out is added to the residual stream as it is."""
+        return "post_attention_norm" not in self.norms
+
     def prepare(self, model: Any) -> None:
         """Make every linear of :attr:`groups` a module of its own, in place; the model computes the same."""
 

@@ -8,7 +8,15 @@ import tiny_models
 import torch
 from small_runs import RECIPE
 
-from mgptq_export.calibration import HessianAccumulator, attribute, calibration_tokens, collect_statistics, file_tokens
+from mgptq_export.calibration import (
+    HessianAccumulator,
+    attribute,
+    calibration_tokens,
+    collect_statistics,
+    file_tokens,
+    recovery_tokens,
+)
+from mgptq_export.calibration.text import _drawn
 from mgptq_export.models import SourceModel, load_source
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
 
@@ -125,7 +133,7 @@ def test_self_calibration_never_writes_an_end_of_text_that_the_model_insists_on(
 
 
 def test_text_calibration_is_cut_from_the_text(source, text_file):
-    recipe = replace(RECIPE, calibration=str(text_file), samples=5, sequence_length=32)
+    recipe = replace(RECIPE, calibration=str(text_file), samples=5, own_samples=0, sequence_length=32)
     tokens = calibration_tokens(source, recipe)
     whole = file_tokens(text_file, source)
     chunks = {tuple(whole[i : i + 32]) for i in range(0, len(whole) - 31, 32)}
@@ -135,10 +143,30 @@ def test_text_calibration_is_cut_from_the_text(source, text_file):
     assert not torch.equal(tokens, calibration_tokens(source, replace(recipe, seed=1)))
 
 
+def test_what_the_model_writes_goes_with_a_text_to_calibration_and_recovery(source, text_file):
+    recipe = replace(RECIPE, calibration=str(text_file), samples=5, own_samples=3, sequence_length=32)
+    tokens = calibration_tokens(source, recipe)
+    whole = file_tokens(text_file, source)
+    chunks = {tuple(whole[i : i + 32]) for i in range(0, len(whole) - 31, 32)}
+    own = {tuple(sample.tolist()) for sample in tokens} - chunks
+    assert tokens.shape == (8, 32) and len(own) == 3
+    assert [tuple(sample.tolist()) in own for sample in tokens] != [False] * 5 + [True] * 3
+    recovery = [tuple(sample.tolist()) for sample in recovery_tokens(source, recipe, tokens)]
+    assert len(recovery) == len(chunks) + 3 and set(recovery) == chunks | own
+
+
+def test_sampling_draws_by_probability():
+    probabilities = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0]).repeat(4000, 1)
+    drawn = _drawn(probabilities, generator())
+    counts = torch.bincount(drawn[:, 0], minlength=6) / 4000
+    assert drawn.shape == (4000, 1)
+    assert (counts[[0, 2, 5]] == 0).all() and (counts - probabilities[0]).abs().max() < 0.03
+
+
 def test_text_that_is_short_is_used_up_with_a_warning(source, tmp_path, caplog):
     path = tmp_path / "short.txt"
     path.write_text(tiny_models.text())
-    recipe = replace(RECIPE, calibration=str(path), samples=1000, sequence_length=250)
+    recipe = replace(RECIPE, calibration=str(path), samples=1000, own_samples=0, sequence_length=250)
     tokens = calibration_tokens(source, recipe)
     assert len(tokens) == len(file_tokens(path, source)) // 250
     assert ("more text would help" in caplog.text) == (len(tokens) < 16)

@@ -65,10 +65,11 @@ def test_run_prints_files_and_stored_bits(even_model, tmp_path):
 
 def test_options_reach_the_recipe(even_model, tmp_path, text_file):
     options = ("--bits", 3, "--allocator", "uniform", "--seed", 7, "--calibration", text_file)
-    options += ("--samples", 3, "--sequence-length", 16, "--embedding-format", "b8", "--recovery-steps", 0)
+    options += ("--samples", 3, "--own-samples", 2, "--sequence-length", 16, "--embedding-format", "b8")
+    options += ("--recovery-steps", 0)
     recipe = invoke_json("quantize", even_model, "-o", tmp_path / "out", *options)["recipe"]
     wanted = {"bits": 3.0, "allocator": "uniform", "seed": 7, "calibration": str(text_file), "samples": 3}
-    wanted |= {"sequence_length": 16, "embedding_format": "b8"}
+    wanted |= {"own_samples": 2, "sequence_length": 16, "embedding_format": "b8"}
     assert {key: recipe[key] for key in wanted} == wanted
 
 
@@ -79,6 +80,7 @@ def test_options_reach_the_recipe(even_model, tmp_path, text_file):
         (["--fast", "--trials", 7, "--samples", Recipe.samples], FAST | {"trials": 7, "samples": Recipe.samples}),
         (["--recover", 2.5], {"recovery_minutes": 2.5, "samples": Recipe.samples}),
         (["--recovery-steps", 9, "--trials", 1], {"recovery_steps": 9, "trials": 1}),
+        (["--drift-correction", 0], {"drift_correction": 0.0}),
     ],
 )
 def test_how_long_it_may_take_reaches_the_recipe(monkeypatch, options, wanted):

@@ -229,7 +229,8 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
 
 
 def start(model: Path, text_file: Path, out: Path, *options: str) -> subprocess.Popen[str]:
-    recipe = ["--samples", "4", "--sequence-length", "64", "--trials", "3", "--recovery-steps", "40", "--threads", "1"]
+    recipe = ["--samples", "4", "--own-samples", "1", "--sequence-length", "64", "--trials", "3"]
+    recipe += ["--recovery-steps", "40", "--threads", "1"]
     command = [sys.executable, "-m", "mgptq_export", "run", str(model), "-o", str(out), *recipe, *options]
     command += ["--calibration", str(text_file), "--targets", "container,llama.cpp"]
     return subprocess.Popen(

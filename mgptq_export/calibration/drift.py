@@ -1,0 +1,142 @@
+"""What the linears of a model that is being quantized read, and how far that has drifted from the original."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mgptq_export.calibration.flow import HessianAccumulator, LayerFlow, StopForward
+from mgptq_export.compute import compute_dtype, multiplying_in
+from mgptq_export.families import GroupModules
+from mgptq_export.hooks import hooked
+from mgptq_export.models import SourceModel
+
+__all__ = ["DriftFlow", "Measured"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the linears of an input group read: ``x``, and ``x'`` in the original model, over ``n`` tokens.
+
+    Attributes:
+        hessian: ``2/n sum x x^T``, float32 [columns, columns].
+        drift: ``2/n sum d x^T``, float32. With ``of_stream``, ``d`` is how far the residual stream lies behind the
+            original's once the linear has added to it: [rows, columns]. Otherwise it is ``x' - x``: [columns, columns].
+            None where no original is followed.
+        of_stream: whether it is the former.
+    """
+
+    hessian: torch.Tensor
+    drift: torch.Tensor | None
+    of_stream: bool
+
+    def behind(self, weight: torch.Tensor) -> torch.Tensor:
+        """``2/n sum d x^T``, ``d`` being how far the outputs of a linear lie behind: float32 [rows, columns]."""
+        assert self.drift is not None
+        return self.drift if self.of_stream else weight @ self.drift
+
+
+class DriftFlow:
+    """The calibration set's way through a model that is being quantized, one layer after the other.
+
+    Args:
+        quantized: its embedding is quantized, and every layer before :meth:`leave`.
+        original: what it was; None where its drift is of no interest.
+        tokens: int64 [sequences, length].
+    """
+
+    def __init__(self, quantized: SourceModel, original: SourceModel | None, tokens: torch.Tensor) -> None:
+        self._quantized = LayerFlow(quantized, tokens)
+        self._original = None if original is None else LayerFlow(original, tokens)
+        self._tokens = tokens.numel()
+        self._references: dict[str, list[torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def enter(self, index: int, *, measuring: bool) -> None:
+        """Take the original through a layer.
+
+        Args:
+            measuring: whether groups of the layer will be measured.
+        """
+        if self._original is None:
+            return
+        source = self._original.source
+        points = {group.name: _Point.of(source, index, group) for group in source.layer_groups(index)}
+        self._references = {name: [] for name in points} if measuring else {}
+        with _recorded(point.shows for point in points.values()) as seen:
+            for place, state in enumerate(self._original.states):
+                self._original.go_through(index, place)
+                for name, kept in self._references.items():
+                    shown = points[name].shows
+                    kept.append(state if shown is None else source.memory.keep(seen[shown].float()))
+        source.memory.release_weights(source.layers[index])
+
+    @torch.no_grad()
+    def measure(self, index: int, group: GroupModules) -> Measured:
+        """What an input group reads; of its layer, those before it are quantized, itself is not."""
+        flow = self._quantized
+        point = _Point.of(flow.source, index, group)
+        hessian, drift = HessianAccumulator(group.columns, flow.source.model.device), None
+        with _recorded((point.reads, point.shows), last=point.shows if self._original else point.reads) as seen:
+            for place, state in enumerate(flow.states):
+                output = state
+                with suppress(StopForward):
+                    output = flow.output(index, state)
+                read = seen[point.reads]
+                hessian.add(read)
+                if self._original is not None:
+                    shown = output if point.shows is None else seen[point.shows]
+                    behind = (self._references[group.name][place] - shown).flatten(0, 1)
+                    if drift is None:
+                        drift = torch.zeros(behind.shape[1], group.columns, device=behind.device)
+                    with multiplying_in(compute_dtype(behind.device)):
+                        drift.addmm_(behind.t(), read.flatten(0, 1).float(), alpha=2.0 / self._tokens)
+        return Measured(hessian.hessian, drift, point.of_stream)
+
+    def leave(self, index: int) -> None:
+        """Take the quantized model through the layer."""
+        self._quantized.advance(index)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where a group shows its drift.
+
+    Attributes:
+        reads: the first of its linears.
+        shows: what this module reads has drifted; None: what the layer puts out.
+    """
+
+    reads: nn.Module
+    shows: nn.Module | None
+
+    @property
+    def of_stream(self) -> bool:
+        return self.shows is not self.reads
+
+    @classmethod
+    def of(cls, source: SourceModel, index: int, group: GroupModules) -> "_Point":
+        first = next(iter(group.modules.values()))
+        if source.family.adds_to_stream and group.name.endswith("attn_output"):
+            return cls(first, source.layers[index].get_submodule(source.family.norms["ffn_norm"]))
+        if source.family.adds_to_stream and group.name.endswith("ffn_down"):
+            return cls(first, None)
+        return cls(first, first)
+
+
+@contextmanager
+def _recorded(
+    modules: Iterable[nn.Module | None], last: nn.Module | None = None
+) -> Iterator[dict[nn.Module, torch.Tensor]]:
+    """What modules read, filled in while the model computes; after ``last`` it stops."""
+    seen: dict[nn.Module, torch.Tensor] = {}
+
+    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen[module] = inputs[0]
+        if module is last:
+            raise StopForward
+
+    with hooked(module.register_forward_pre_hook(record) for module in {*modules} if module is not None):
+        yield seen

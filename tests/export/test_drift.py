@@ -1,0 +1,100 @@
+"""What linears of a half quantized model read, against both models run as a whole."""
+
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+from small_runs import RECIPE
+
+from mgptq_export.calibration import DriftFlow
+from mgptq_export.compute import compute_dtype, computing_in
+from mgptq_export.hooks import hooked
+from mgptq_export.models import SourceModel, load_source
+from mgptq_export.quantize import calibrate, quantize
+
+TOKENS = torch.randint(3, 331, (6, 24), generator=torch.Generator().manual_seed(3))
+LAYER = 1
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "qwen3"])
+def models(request, tmp_path_factory) -> tuple[SourceModel, SourceModel]:
+    """A model, and one whose embedding and first layer are not quite the same."""
+    original = load_source(str(tiny_models.write_model(tmp_path_factory.mktemp(request.param), request.param)))
+    changed = original.copy()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in (changed.model.model.embed_tokens.weight, *changed.layers[0].parameters()):
+            weight *= 1 + 0.1 * torch.randn(weight.shape, generator=generator)
+    return original, changed
+
+
+def seen(source: SourceModel, *modules: torch.nn.Module) -> list[torch.Tensor]:
+    """What modules read and put out while the whole model computes: float32 [tokens, columns]."""
+    found = {}
+
+    def record(module, inputs, output):
+        output = output[0] if isinstance(output, tuple) else output
+        found[module] = [one.flatten(0, 1).float() for one in (inputs[0], output)]
+
+    handles = [module.register_forward_hook(record) for module in modules]
+    dtype, device = compute_dtype(source.model.device), source.model.device
+    with hooked(handles), torch.no_grad(), computing_in(dtype, device):
+        source.model.model(TOKENS, use_cache=False)
+    return [one for module in modules for one in found[module]]
+
+
+def moment(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return 2.0 / TOKENS.numel() * left.t() @ right
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).norm() <= 0.02 * expected.norm())
+
+
+@pytest.mark.parametrize("place", range(4), ids=["qkv", "output", "gate_up", "down"])
+def test_hessian_and_drift_are_those_of_the_two_models(models, place):
+    original, changed = models
+    flow = DriftFlow(changed, original, TOKENS)
+    flow.enter(0, measuring=False)
+    flow.leave(0)
+    flow.enter(LAYER, measuring=True)
+    group = changed.layer_groups(LAYER)[place]
+    measured = flow.measure(LAYER, group)
+
+    norm = original.family.norms["ffn_norm"]
+    ends = []
+    for source in (original, changed):
+        layer = source.layers[LAYER]
+        linear = next(iter(source.layer_groups(LAYER)[place].modules.values()))
+        read, _, middle, _, _, end = seen(source, linear, layer.get_submodule(norm), layer)
+        ends.append((read, middle, end))
+    (before, *streams_before), (now, *streams_now) = ends
+    assert close(measured.hessian, moment(now, now))
+    weight = next(iter(group.modules.values())).weight.detach()
+    if original.family.name != "gemma3" and place in (1, 3):
+        expected = moment(streams_before[place // 2] - streams_now[place // 2], now)
+    else:
+        expected = weight @ moment(before - now, now)
+    assert expected.norm() > 0
+    assert close(measured.behind(weight), expected)
+
+
+def test_without_an_original_there_is_no_drift(models):
+    flow = DriftFlow(models[1], None, TOKENS)
+    flow.enter(0, measuring=True)
+    assert flow.measure(0, models[1].layer_groups(0)[0]).drift is None
+
+
+def test_making_up_for_drift_comes_closer_to_the_original(even_model):
+    def distance(share: float) -> float:
+        recipe = replace(RECIPE, bits=2.25, allocator="uniform", samples=16, drift_correction=share)
+        source = load_source(str(even_model))
+        calibration = calibrate(source, recipe)
+        original = source.copy()
+        quantize(source, recipe, calibration=calibration)
+        with torch.no_grad():
+            states = [one.model.model(calibration.tokens).last_hidden_state for one in (original, source)]
+        return float((states[0] - states[1]).square().mean())
+
+    assert distance(0.5) < 0.95 * distance(0.0)
