@@ -93,7 +93,7 @@ class DriftFlow:
                         drift = torch.zeros(behind.shape[1], group.columns, device=behind.device)
                     with multiplying_in(compute_dtype(behind.device)):
                         drift.addmm_(behind.t(), read.flatten(0, 1).float(), alpha=2.0 / self._tokens)
-        return Measured(hessian.hessian, drift, point.of_stream)
+        return Measured(hessian.take(), drift, point.of_stream)
 
     def leave(self, index: int) -> None:
         """Take the quantized model through the layer."""

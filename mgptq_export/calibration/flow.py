@@ -34,10 +34,9 @@ class HessianAccumulator:
             self._sum.addmm_(rows.t(), rows)
         self._count += rows.shape[0]
 
-    @property
-    def hessian(self) -> torch.Tensor:
-        """float32 [columns, columns]."""
-        return self._sum * (2.0 / max(self._count, 1))
+    def take(self) -> torch.Tensor:
+        """The Hessian, float32 [columns, columns]; once, as it lies where the sum was."""
+        return self._sum.mul_(2.0 / max(self._count, 1))
 
 
 class StopForward(Exception):
@@ -79,7 +78,7 @@ class LayerFlow:
         readers = [(group.name, next(iter(group.modules.values()))) for group in groups]
         with hooked(module.register_forward_pre_hook(feed(name)) for name, module in readers):
             self.advance(index)
-        return {name: accumulator.hessian for name, accumulator in accumulators.items()}
+        return {name: accumulator.take() for name, accumulator in accumulators.items()}
 
     @torch.no_grad()
     def head_hessian(self) -> torch.Tensor:
@@ -88,7 +87,7 @@ class LayerFlow:
         for state in self.states:
             with self._computing():
                 accumulator.add(self.source.model.model.norm(state))
-        return accumulator.hessian
+        return accumulator.take()
 
     @torch.no_grad()
     def go_through(self, index: int, place: int) -> None:

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 6
 FACTOR_COLUMNS = 256
+# Larger Hessians are factorized in float32: rounding is far below the damping, and they are what takes most memory.
+DOUBLE_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,16 @@ def factorize(hessian: torch.Tensor, permutation: torch.Tensor, damping: float, 
 
 
 def _permuted(matrix: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
-    """Rows and columns in another order, float64; without a copy on the way."""
-    permuted = torch.empty(matrix.shape, dtype=torch.float64, device=matrix.device)
+    """Rows and columns in another order, in the type to factorize in; without a copy on the way."""
+    dtype = torch.float64 if len(matrix) <= DOUBLE_COLUMNS else torch.float32
+    permuted = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     for piece in pieces(matrix):
-        permuted[piece] = matrix[permutation[piece]][:, permutation].double()
+        permuted[piece] = matrix[permutation[piece]][:, permutation]
     return permuted
 
 
 def _inverse_upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
-    """``U`` with ``inv(M) = U^T U``, in the place of ``M``, float64 [columns, columns]; None if it is not positive.
+    """``U`` with ``inv(M) = U^T U``, in the place of ``M`` [columns, columns]; None if it is not positive.
 
     With ``R = inv(U)``, which is upper triangular, too, ``M = R R^T``: a Cholesky factorization that begins at the last
     column. So neither the inverse is ever formed, nor a second factor, and nothing needs the room of a second matrix.

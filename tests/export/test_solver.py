@@ -93,6 +93,15 @@ def test_the_factor_is_that_of_the_damped_inverse_in_the_permuted_order(columns)
     assert torch.allclose(upper.t() @ upper @ damped, torch.eye(columns, dtype=torch.float64), atol=1e-4)
 
 
+def test_large_hessians_are_factorized_in_float32_as_well_as_in_float64(monkeypatch):
+    hessian = hessian_of(activations(700)).float()
+    double = factorize(hessian, natural(700), 0.01, "group").upper
+    monkeypatch.setattr("mgptq_export.solver.factor.DOUBLE_COLUMNS", 699)
+    single = factorize(hessian, natural(700), 0.01, "group").upper
+    assert not torch.equal(single, double)
+    assert torch.allclose(single, double, rtol=1e-3, atol=1e-5 * float(double.abs().max()))
+
+
 def test_linears_of_a_group_are_solved_as_if_alone():
     hessian, weight = hessian_of(activations(128)).float(), random_weight(128)
     upper = factorize(hessian, natural(128), 0.01, "group").upper
