@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from mgptq_export.compute import compute_dtype
+from mgptq_export.families.base import head_size
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
 from mgptq_runtime.perplexity import read_text
-from mgptq_runtime.progress import track
+from mgptq_runtime.progress import Advance, track
 from mgptq_runtime.tokenizer import encode_text
 
 __all__ = ["calibration_tokens", "file_tokens", "recovery_tokens"]
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".jsonl")
 TEXT_FILES = "give a .txt file in UTF-8, or a .jsonl file with an object on every line, its field 'text' a string"
 FEW_SEQUENCES = 16
+CACHE_BYTES = 1 << 30
 
 
 def file_tokens(path: Path, source: SourceModel) -> list[int]:
@@ -131,24 +133,38 @@ def sample_from_model(source: SourceModel, samples: int, length: int, generator:
     Tokens are sampled at temperature 1. The end-of-sequence token is never sampled, so every sequence is full.
     """
     model = _for_sampling(source)
-    device = model.device
-    vocabulary = model.config.vocab_size
+    starts = torch.randint(model.config.vocab_size, (samples, 1), generator=generator)
+    parts = starts.split(_sequences_at_once(model, length))
+    with track("Sampling calibration text", len(parts) * (length - 1)) as advance:
+        return torch.cat([_continued(model, part, length, generator, advance) for part in parts])
+
+
+def _continued(
+    model: Any, tokens: torch.Tensor, length: int, generator: torch.Generator, advance: Advance
+) -> torch.Tensor:
+    """Sequences that start with ``tokens``: int64 [sequences, 1] to [sequences, length]."""
     ended = model.config.eos_token_id
     ended = [] if ended is None else [ended] if isinstance(ended, int) else list(ended)
-    ended = [token for token in ended if 0 <= token < vocabulary]  # some configurations keep a larger model's
-    tokens = torch.randint(vocabulary, (samples, 1), generator=generator)
+    # Some configurations keep a larger model's.
+    ended = [token for token in ended if 0 <= token < model.config.vocab_size]
     cache = None
-    with track("Sampling calibration text", length - 1) as advance:
-        for _ in range(length - 1):
-            output = model(tokens[:, -1:].to(device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits = output.logits[:, -1].float().cpu()
-            if not torch.isfinite(logits).all():
-                raise NumericalError("the model's logits are NaN or infinite on text of its own; check the model")
-            logits[:, ended] = float("-inf")
-            tokens = torch.cat([tokens, _drawn(torch.softmax(logits, -1), generator)], 1)
-            advance()
+    for _ in range(length - 1):
+        output = model(tokens[:, -1:].to(model.device), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float().cpu()
+        if not torch.isfinite(logits).all():
+            raise NumericalError("the model's logits are NaN or infinite on text of its own; check the model")
+        logits[:, ended] = float("-inf")
+        tokens = torch.cat([tokens, _drawn(torch.softmax(logits, -1), generator)], 1)
+        advance()
     return tokens
+
+
+def _sequences_at_once(model: Any, length: int) -> int:
+    """As many as have their keys and values in :data:`CACHE_BYTES`."""
+    config = model.config
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * length
+    return max(1, CACHE_BYTES // (values * model.dtype.itemsize))
 
 
 def _for_sampling(source: SourceModel) -> Any:

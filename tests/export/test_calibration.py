@@ -17,6 +17,7 @@ from mgptq_export.calibration import (
     recovery_tokens,
 )
 from mgptq_export.calibration.text import _drawn
+from mgptq_export.compute import compute_dtype
 from mgptq_export.models import SourceModel, load_source
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
 
@@ -153,6 +154,20 @@ def test_what_the_model_writes_goes_with_a_text_to_calibration_and_recovery(sour
     assert [tuple(sample.tolist()) in own for sample in tokens] != [False] * 5 + [True] * 3
     recovery = [tuple(sample.tolist()) for sample in recovery_tokens(source, recipe, tokens)]
     assert len(recovery) == len(chunks) + 3 and set(recovery) == chunks | own
+
+
+def test_what_is_sampled_at_once_is_bounded(source, monkeypatch):
+    config, recipe = source.model.config, replace(RECIPE, samples=5, sequence_length=12)
+    heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    sequence = 2 * config.num_hidden_layers * heads * size * 12 * compute_dtype(source.model.device).itemsize
+    monkeypatch.setattr("mgptq_export.calibration.text.CACHE_BYTES", 2 * sequence)
+    sizes = []
+    forward = type(source.model).forward
+    monkeypatch.setattr(
+        type(source.model), "forward", lambda self, ids, **rest: sizes.append(len(ids)) or forward(self, ids, **rest)
+    )
+    assert calibration_tokens(source, recipe).shape == (5, 12)
+    assert sizes == [2] * 11 + [2] * 11 + [1] * 11
 
 
 def test_sampling_draws_by_probability():
