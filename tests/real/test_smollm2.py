@@ -56,14 +56,18 @@ def test_weights_are_identical_in_checkpoint_container_and_onnx(package: Path) -
         assert np.array_equal(onnx[name], weight), name
 
 
-def test_numpy_backend_computes_what_torch_computes(package: Path, smollm2: Path) -> None:
-    """Torch on the dequantized weights is trusted."""
+def test_numpy_backend_computes_what_torch_computes(package: Path, smollm2: Path, held_out: Path) -> None:
+    """Torch on the dequantized weights is trusted.
+
+    On running text: behind random tokens, float32's own error alone can be as large as the bound.
+    """
     source = load_source(str(smollm2))
     load_quantized_weights(source, read_checkpoint(package / "quantized").model)
-    tokens = np.random.default_rng(0).integers(3, 49152, (1, 96))
+    opened = open_package(package)
+    backend = opened.backend("numpy")
+    tokens = np.array(opened.tokenizer(backend).encode(held_out.read_text()[:5_000])[:256])[None]
     with torch.no_grad():
         expected = source.model(torch.from_numpy(tokens)).logits.numpy()
-    backend = open_package(package).backend("numpy")
     found = backend.forward(tokens, backend.new_cache())
     assert np.abs(found - expected).max() <= 1e-3
     assert (found.argmax(-1) == expected.argmax(-1)).all()
