@@ -37,6 +37,8 @@ __all__ = ["Quantization", "Repairs", "calibrate", "check_budget", "quantize", "
 HELD_OUT_ONE_IN = 8
 # Relative to the mean of a Hessian's diagonal: with less, weights follow what only the calibration text shows.
 DRIFT_DAMPING = 0.1
+# With fewer tokens for every column of a linear, less of the drift is made up for.
+DRIFT_TOKENS = 40
 
 
 Repairs = dict[str, dict[str, Any]]
@@ -212,7 +214,7 @@ def solve(
             hessian = calibration.statistics.groups[group.name].hessian
         else:
             measured = flow.measure(index, group)
-            _correct_drift(group, measured, recipe)
+            _correct_drift(group, measured, recipe.drift_correction, calibration.tokens.numel())
             hessian = measured.hessian
         return _solve_group(group, hessian, allocated, recipe, layout)
 
@@ -233,22 +235,24 @@ def solve(
     return _quantized_model(source, groups, embedding, head)
 
 
-def _correct_drift(group: GroupModules, measured: Measured, recipe: Recipe) -> None:
+def _correct_drift(group: GroupModules, measured: Measured, share: float, tokens: int) -> None:
     """Change a group's weights so that their outputs make up for some of what earlier layers have changed.
 
     A linear with weight ``W`` reads ``x``, and its outputs lie ``d`` behind the original's. Weights that make up for a
     share ``s`` of it as well as a linear can, ``sum |(W' - W) x - s d|^2`` being least, are
     ``W' = W + s (sum d x^T) inv(sum x x^T)``. To round these instead of ``W`` is the asymmetric calibration of GPTAQ
-    (arXiv 2504.02692); here the residual stream's drift counts as well.
+    (arXiv 2504.02692); here the residual stream's drift counts as well. Little text, of ``tokens``, would be learnt by
+    heart that way, so it counts for less.
     """
     if measured.drift is None:
         return
+    share *= min(1.0, tokens / (DRIFT_TOKENS * group.columns))
     natural = torch.arange(group.columns, device=measured.hessian.device)
     inverse = factorize(measured.hessian, natural, DRIFT_DAMPING, group.name).upper
     for module in group.modules.values():
         weight: Any = module.weight
         behind = measured.behind(weight)
-        weight += recipe.drift_correction * (behind @ inverse.t() @ inverse)
+        weight += share * (behind @ inverse.t() @ inverse)
 
 
 def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> QuantizedModel:

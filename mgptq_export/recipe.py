@@ -11,7 +11,14 @@ __all__ = ["ALLOCATORS", "FAST", "Recipe"]
 
 ALLOCATORS = ("gnn", "hessian", "uniform")
 # For a first look: less of all that takes time.
-FAST: dict[str, Any] = {"samples": 16, "own_samples": 0, "trials": 2, "training_steps": 40, "recovery_steps": 15}
+FAST: dict[str, Any] = {
+    "samples": 16,
+    "own_samples": 0,
+    "drift_correction": 0.0,
+    "trials": 2,
+    "training_steps": 40,
+    "recovery_steps": 15,
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class Recipe:
     own_samples: sequences that the model writes itself, beside those of a text.
     sensitivity_samples: sequences whose loss gradients weigh the layers against one another.
     damping: of the Hessians, relative to the mean of their diagonal.
-    drift_correction: share of what the quantized layers before it have changed that every linear makes up for, 0 to 1.
+    drift_correction: share of what the quantized layers before it have changed that every linear makes up for, 0 to 1;
+        less where the text is short.
     seed: of everything random.
     trials: quantizations of the whole model that the allocator network learns from.
     training_steps: of the network, after every trial but the last.
