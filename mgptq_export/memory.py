@@ -89,12 +89,16 @@ class Memory:
         """Say that a module's weights are not needed soon."""
         self.release(*(parameter.data for parameter in module.parameters()))
 
-    def copy_of(self, model: nn.Module) -> Any:
-        """A copy of a model, with weights of its own."""
+    def copy_of(self, model: nn.Module, dtype: torch.dtype | None = None) -> Any:
+        """A copy of a model, with weights of its own.
+
+        Args:
+            dtype: of these weights, where it is another; buffers, such as rotary frequencies, stay as they are.
+        """
         own: dict[int, Any] = {}
         for parameter in model.parameters():
             values = parameter.data
-            kept = self.keep(values)
+            kept = self.keep(values, dtype)
             own[id(parameter)] = nn.Parameter(values.clone() if kept is values else kept, requires_grad=False)
             self.release(values, kept)
         return copy.deepcopy(model, own)

@@ -118,12 +118,11 @@ class _Point:
 
     @classmethod
     def of(cls, source: SourceModel, index: int, group: GroupModules) -> "_Point":
-        first = next(iter(group.modules.values()))
-        if source.family.adds_to_stream and group.name.endswith("attn_output"):
-            return cls(first, source.layers[index].get_submodule(source.family.norms["ffn_norm"]))
-        if source.family.adds_to_stream and group.name.endswith("ffn_down"):
-            return cls(first, None)
-        return cls(first, first)
+        if group.reads_hidden or not source.family.adds_to_stream:
+            return cls(group.first, group.first)
+        if group.name.endswith("ffn_down"):
+            return cls(group.first, None)
+        return cls(group.first, source.layers[index].get_submodule(source.family.norms["ffn_norm"]))
 
 
 @contextmanager

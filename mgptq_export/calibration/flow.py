@@ -75,8 +75,7 @@ class LayerFlow:
         def feed(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
             return lambda module, inputs: accumulators[name].add(inputs[0])
 
-        readers = [(group.name, next(iter(group.modules.values()))) for group in groups]
-        with hooked(module.register_forward_pre_hook(feed(name)) for name, module in readers):
+        with hooked(group.first.register_forward_pre_hook(feed(group.name)) for group in groups):
             self.advance(index)
         return {name: accumulator.take() for name, accumulator in accumulators.items()}
 

@@ -172,10 +172,7 @@ def _for_sampling(source: SourceModel) -> Any:
     dtype = compute_dtype(source.model.device)
     if dtype == torch.float32:
         return source.model
-    model = source.copy().model
-    for parameter in model.parameters():  # buffers hold rotary frequencies, which need float32
-        parameter.data = source.memory.keep(parameter.data, dtype)
-    return model
+    return source.memory.copy_of(source.model, dtype)
 
 
 def _drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -34,9 +34,14 @@ class GroupModules:
     modules: Mapping[str, nn.Linear]
 
     @property
+    def first(self) -> nn.Linear:
+        """The linear that reads the activation first."""
+        return next(iter(self.modules.values()))
+
+    @property
     def columns(self) -> int:
         """Inputs of every linear of the group."""
-        return next(iter(self.modules.values())).in_features
+        return self.first.in_features
 
     @property
     def reads_hidden(self) -> bool:
