@@ -12,7 +12,7 @@ SECONDS_OF_FUZZING ?= 600
 PYTEST := $(BIN)/python -m pytest
 IN_PARALLEL := -n auto --maxprocesses 4
 
-.PHONY: setup demo test quick fuzz lint clean
+.PHONY: setup browser demo test quick fuzz lint clean
 
 setup: .venv/installed
 
@@ -29,8 +29,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+browser: setup
+	$(BIN)/python tools/install_browser.py
+
 # The real model's tests use all cores themselves.
-test: lint
+test: lint browser
 	$(PYTEST) $(IN_PARALLEL) --ignore tests/real
 	$(PYTEST) tests/real
 

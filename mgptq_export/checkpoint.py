@@ -155,6 +155,7 @@ def write_checkpoint(
     recipe: Mapping[str, Any],
     tokenizer_folder: Path,
     repairs: Mapping[str, Any] | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Write ``model`` into ``folder`` (created; must not exist).
 
@@ -162,6 +163,7 @@ def write_checkpoint(
         config: the original model's ``config.json`` as a dictionary.
         recipe: what the quantization was asked for, as JSON values.
         repairs: what had to be mended, by input group, as JSON values.
+        origin: where the original comes from, and its license.
         tokenizer_folder: holds the files of :data:`TOKENIZER_FILES`, those that exist are copied.
     """
     folder.mkdir(parents=True)
@@ -170,6 +172,7 @@ def write_checkpoint(
         "quant_method": "mgptq",
         "format_version": FORMAT_VERSION,
         "name": name,
+        "origin": dict(origin or {}),
         "bits_stored": model.bits_stored,
         "recipe": dict(recipe),
         "repairs": dict(repairs or {}),

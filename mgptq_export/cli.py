@@ -350,6 +350,20 @@ def verify(package: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Where the repository is new, only you see it.")
+@JSON
+def push(package: Path, repository: str, private: bool, as_json: bool) -> None:
+    """Upload PACKAGE to the Hugging Face hub; log in first with 'hf auth login'."""
+    with exit_at_once():
+        from mgptq_export import hub
+
+    address = hub.push(package, repository, private=private)
+    click.echo(json.dumps({"url": address}) if as_json else address)
+
+
+@cli.command()
 @click.argument("model")
 @BUDGET
 @click.option("--embedding-format", type=click.Choice(["b4", "b8"]), default=Recipe.embedding_format, show_default=True)

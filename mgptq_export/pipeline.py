@@ -3,9 +3,10 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from mgptq_export.checkpoint import (
 )
 from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_windows, torch_scorer
 from mgptq_export.golden import make_golden
+from mgptq_export.history import History, layer_errors
 from mgptq_export.journal import Journal, Record
 from mgptq_export.layouts import COLUMNS, LAYOUTS, Calibration, Layout
 from mgptq_export.memory import IN_MEMORY, memory_for
@@ -34,12 +36,13 @@ from mgptq_export.planning import bits_for_size
 from mgptq_export.quantize import Repairs, calibrate, check_budget, quantize
 from mgptq_export.recipe import Recipe
 from mgptq_export.recovery import recover
+from mgptq_export.report import CARD_FILE, REPORT_FILE, PackageContent, model_card, report_page
 from mgptq_export.targets import TARGETS, target_named
 from mgptq_runtime.backends import Backend
-from mgptq_runtime.check import DEFAULT_BOUNDS
+from mgptq_runtime.check import DEFAULT_BOUNDS, check_backend
 from mgptq_runtime.errors import BadInputError, BudgetError, PackageError
 from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
-from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, file_sha256, open_package
+from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, Package, file_sha256, open_package
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import QuantizedModel
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
@@ -57,9 +60,13 @@ __all__ = [
     "write_targets",
 ]
 
+logger = logging.getLogger(__name__)
+
 GOLDEN_FILE = "golden.npz"
 # What evaluations call the weights of each layout, computed by PyTorch.
 CHECKPOINT_LABELS = {"columns": "checkpoint", "tensors": "llama.cpp_checkpoint"}
+# Sequences of calibration text on which layers are compared with the original's.
+MEASURED_SEQUENCES = 4
 VERSIONED = ("mgptq-export", "mgptq-runtime", "torch", "transformers", "numpy", "onnx", "onnxruntime", "gguf")
 
 
@@ -79,6 +86,7 @@ class Solved:
     layout: Layout
     checkpoint: Checkpoint
     golden: GoldenVectors
+    history: History
 
 
 def run(
@@ -139,7 +147,8 @@ def run(
         manifest = write_targets(folder, solved, written)
         if text and windows is not None:
             quality = evaluate(windows, torch_scorer(original.model), _scorers(source, solved, folder, written))
-            manifest = _write_manifest(folder, solved, written, _evaluation_json(text, windows, quality))
+            evaluation = _evaluation_json(text, windows, quality)
+            manifest = complete(folder, solved, written, manifest["check"]["results"], evaluation)
         return manifest
 
 
@@ -199,7 +208,7 @@ def export(
             _remove(folder / target_named(target).path)
         _export_into(folder, solved, targets)
         every = [name for name in TARGETS if name in {*known["targets"], *targets}]
-        return _write_manifest(folder, solved, every, known.get("evaluation"))
+        return _checked(folder, solved, every, known.get("evaluation"))
 
 
 def _check_solved_for(target: str, manifest: dict[str, Any], package: Path) -> None:
@@ -291,7 +300,10 @@ def _read_solved(package: Path, manifest: dict[str, Any]) -> list[Solved]:
     """The checkpoints of a package, verified."""
     return [
         Solved(
-            layout, verified_checkpoint(package, manifest, layout), read_golden(package / layout.folder / GOLDEN_FILE)
+            layout,
+            verified_checkpoint(package, manifest, layout),
+            read_golden(package / layout.folder / GOLDEN_FILE),
+            History.read(package / layout.folder),
         )
         for layout in LAYOUTS.values()
         if layout.name in manifest["layouts"]
@@ -331,9 +343,10 @@ def _quantize_into(
         record = journal.within(name).once("model", finishing)
         model = unpack_model(record.arrays, record.facts["model"])
         load_quantized_weights(working, model)
-        taken = replace(recipe, recovery_steps=record.facts["recovery_steps"])
+        history = History.from_json(record.facts["history"])
+        taken = replace(recipe, recovery_steps=len(history.recovery))
         repairs = record.facts["repairs"]
-        solved.append(save_solved(folder, layout, model, working, taken, calibration.tokens, repairs))
+        solved.append(save_solved(folder, layout, model, working, taken, calibration.tokens, repairs, history))
     return solved
 
 
@@ -347,6 +360,8 @@ def _finished(
 ) -> Record:
     """The quantized and recovered model, for a journal."""
     quantized = quantize(working, recipe, layout, calibration, journal)
+    measured = partial(layer_errors, source, working, calibration.held_out[:MEASURED_SEQUENCES])
+    errors_solved = journal.once("errors", lambda: Record(facts=measured())).facts
     text = recovery_tokens(source, recipe, calibration.tokens) if recipe.recovers else calibration.tokens
     recovered = recover(
         working,
@@ -359,8 +374,15 @@ def _finished(
         journal=journal,
     )
     arrays, description = pack_model(recovered.model)
-    facts = {"model": description, "recovery_steps": recovered.steps, "repairs": quantized.repairs}
-    return Record(arrays, facts)
+    decision = quantized.decision
+    history = History(
+        decision.losses,
+        decision.divergences,
+        tuple(errors_solved),
+        measured() if recovered.steps else (),
+        recovered.divergences,
+    )
+    return Record(arrays, {"model": description, "repairs": quantized.repairs, "history": history.to_json()})
 
 
 def save_solved(
@@ -371,6 +393,7 @@ def save_solved(
     recipe: Recipe,
     tokens: torch.Tensor,
     repairs: Repairs,
+    history: History,
 ) -> Solved:
     """Write a quantized model into a package's folder, for :func:`write_targets` to export.
 
@@ -380,6 +403,7 @@ def save_solved(
         recipe: what ``model`` was made by.
         tokens: int64 [samples, sequence], of which golden vectors are made.
         repairs: what had to be mended, for the manifest.
+        history: what was found on the way, for the report.
     """
     checkpoint = write_checkpoint(
         folder / layout.folder,
@@ -388,17 +412,37 @@ def save_solved(
         config=source.config,
         recipe=recipe.to_json(),
         repairs=repairs,
+        origin=source.origin,
         tokenizer_folder=source.tokenizer_folder,
     )
     golden = make_golden(source.model, tokens)
     write_golden(folder / layout.folder / GOLDEN_FILE, golden)
-    return Solved(layout, checkpoint, golden)
+    history.write(folder / layout.folder)
+    return Solved(layout, checkpoint, golden, history)
 
 
 def write_targets(folder: Path, solved: Sequence[Solved], targets: Sequence[str]) -> dict[str, Any]:
     """Export to a package's folder what :func:`save_solved` put into it, and write its manifest, which is returned."""
     _export_into(folder, solved, targets)
-    return _write_manifest(folder, solved, targets, None)
+    return _checked(folder, solved, targets, None)
+
+
+def _checked(
+    folder: Path, solved: Sequence[Solved], targets: Sequence[str], evaluation: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Complete a package whose exports have just been written, and replay its golden vectors on every backend."""
+    complete(folder, solved, targets, {}, evaluation)
+    if not any(target_named(target).layout is COLUMNS for target in targets):
+        return read_manifest(folder)
+    opened, results = open_package(folder), {}
+    for label, name, level in _backends(opened):
+        backend = opened.backend(name, accuracy_level=level, threads=torch.get_num_threads())
+        golden = opened.golden(backend)
+        with track(f"Checking {label}", len(golden.token_ids)) as advance:
+            results[label] = check_backend(backend, golden, opened.bounds(name, level), advance).to_json()
+        for failure in results[label]["failures"]:
+            logger.warning("the check on %s failed: %s", label, failure)
+    return complete(folder, solved, targets, results, evaluation)
 
 
 def _export_into(folder: Path, solved: Sequence[Solved], targets: Sequence[str]) -> None:
@@ -433,12 +477,18 @@ def _scorers(source: SourceModel, solved: Sequence[Solved], package: Path, targe
     if not any(target_named(target).layout is COLUMNS for target in targets):
         return scorers
     opened = open_package(package)
-    for name in opened.backends:
-        levels = {"onnx": 4, "onnx_exact": 0} if name == "onnx" else {name: 4}
-        for label, level in levels.items():
-            backend = opened.backend(name, accuracy_level=level, threads=torch.get_num_threads())
-            scorers[label] = _backend_scorer(backend)
+    for label, name, level in _backends(opened):
+        backend = opened.backend(name, accuracy_level=level, threads=torch.get_num_threads())
+        scorers[label] = _backend_scorer(backend)
     return scorers
+
+
+def _backends(opened: Package) -> Iterator[tuple[str, str, int]]:
+    """What a package is run on: what it is called here, the backend, its accuracy level."""
+    for name in opened.backends:
+        yield name, name, 4
+        if name == "onnx":
+            yield "onnx_exact", name, 0
 
 
 def _backend_scorer(backend: Backend) -> Scorer:
@@ -514,15 +564,41 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONED}}
 
 
-def _write_manifest(
-    folder: Path, solved: Sequence[Solved], targets: Sequence[str], evaluation: dict[str, Any] | None
+def complete(
+    folder: Path,
+    solved: Sequence[Solved],
+    targets: Sequence[str],
+    checks: dict[str, Any],
+    evaluation: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    """Write what tells of a package's content: model card, report and manifest. Returns the manifest.
+
+    Args:
+        checks: by name of what the package was run on, :class:`mgptq_runtime.check.CheckResult` as JSON values.
+        evaluation: see :func:`evaluate_package`; None where there was none.
+    """
+    manifest = _manifest(solved, targets, checks, evaluation)
+    contents = [PackageContent(one.layout, one.checkpoint, one.history) for one in solved]
+    described = manifest | {"files": [one for one in _files(folder) if one["path"] not in (CARD_FILE, REPORT_FILE)]}
+    (folder / CARD_FILE).write_text(model_card(described, contents))
+    (folder / REPORT_FILE).write_text(report_page(described, contents))
+    manifest["files"] = _files(folder)
+    temporary = folder / f".{MANIFEST_FILE}"
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    temporary.replace(folder / MANIFEST_FILE)
+    return manifest
+
+
+def _manifest(
+    solved: Sequence[Solved], targets: Sequence[str], checks: dict[str, Any], evaluation: dict[str, Any] | None
+) -> dict[str, Any]:
+    """All but the files."""
     first = solved[0].checkpoint
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
-    manifest = {
+    return {
         "format_version": MANIFEST_VERSION,
         "name": first.name,
         "family": first.model.family,
+        "origin": first.config["quantization_config"].get("origin", {}),
         "bits": _bits(first),
         "size": {"requested": _recipe_of(first).get("size")},
         "layouts": {one.layout.name: _layout_json(one) for one in solved},
@@ -530,18 +606,22 @@ def _write_manifest(
         "recipe": _recipe_of(first),
         "threads": torch.get_num_threads(),
         "versions": _versions(),
-        "files": [
-            {
-                "path": path.relative_to(folder).as_posix(),
-                "bytes": path.stat().st_size,
-                "sha256": file_sha256(path),
-            }
-            for path in paths
-        ],
-        "check": {"bounds": {name: asdict(bounds) for name, bounds in DEFAULT_BOUNDS.items()}},
+        "check": {
+            "bounds": {name: asdict(bounds) for name, bounds in DEFAULT_BOUNDS.items()},
+            "results": checks,
+        },
         "evaluation": evaluation,
     }
-    temporary = folder / f".{MANIFEST_FILE}"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    temporary.replace(folder / MANIFEST_FILE)
-    return manifest
+
+
+def _files(folder: Path) -> list[dict[str, Any]]:
+    """Path, size and hash of every file of a package but its manifest."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+    return [
+        {
+            "path": path.relative_to(folder).as_posix(),
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
+        for path in paths
+    ]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mgptq_export.allocation import Trial
+from mgptq_export.allocation import Decision, Trial
 from mgptq_export.calibration import (
     DriftFlow,
     GroupStatistics,
@@ -51,11 +51,13 @@ class Quantization:
     """Attributes:
     model: the quantized model.
     tokens: the calibration set, int64 [samples, sequence].
+    decision: who got how many bits, and why.
     repairs: see :func:`solve`.
     """
 
     model: QuantizedModel
     tokens: torch.Tensor
+    decision: Decision
     repairs: Repairs
 
 
@@ -94,7 +96,7 @@ def quantize(
     allocated = Allocated.from_record(journal.once("allocation", allocate), source.model.device)
     repairs: Repairs = {}
     model = solve(source, calibration, allocated, recipe, layout, journal=journal, repairs=repairs)
-    return Quantization(model, calibration.tokens, repairs)
+    return Quantization(model, calibration.tokens, allocated.decision, repairs)
 
 
 def _attempt(
@@ -262,7 +264,7 @@ def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> Quantized
     for group in source.groups():
         orders[group.name] = torch.arange(group.columns, device=source.model.device)
         formats |= dict.fromkeys(group.modules, (fmt,) * (padded_columns(group.columns) // BLOCK_COLUMNS))
-    allocated = Allocated(formats, orders)
+    allocated = Allocated(Decision(formats), orders)
     groups = []
     with torch.no_grad():
         for group in source.groups():

@@ -25,6 +25,7 @@ import torch
 
 from mgptq_export.calibration import file_tokens, recovery_tokens
 from mgptq_export.evaluation import evaluation_windows
+from mgptq_export.history import History
 from mgptq_export.layouts import COLUMNS, Calibration
 from mgptq_export.models import SourceModel, load_source
 from mgptq_export.pipeline import save_solved, write_targets
@@ -167,7 +168,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / row.key.replace("/", "-")
             targets = ["container", "onnx"] if row.recovered and self.packages else ["container"]
-            solved = save_solved(package, COLUMNS, model, self.source, recipe, calibration.tokens, {})
+            solved = save_solved(package, COLUMNS, model, self.source, recipe, calibration.tokens, {}, History())
             write_targets(package, [solved], targets)
             if row.recovered and self.packages:
                 shutil.copytree(package, self.packages / package.name, dirs_exist_ok=True)

@@ -1,6 +1,7 @@
 """Who gets how many bits."""
 
 from mgptq_export.allocation.baselines import allocate_by_hessian, allocate_uniformly
+from mgptq_export.allocation.decision import Decision
 from mgptq_export.allocation.linear import InputColumns, LinearProblem
 from mgptq_export.allocation.problem import Allocation, AllocationProblem, BlockProblem
 from mgptq_export.allocation.tensors import FileTensor, TensorProblem
@@ -10,6 +11,7 @@ __all__ = [
     "Allocation",
     "AllocationProblem",
     "BlockProblem",
+    "Decision",
     "FileTensor",
     "InputColumns",
     "LinearProblem",

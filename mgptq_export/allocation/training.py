@@ -10,6 +10,7 @@ from torch_geometric.utils import scatter
 
 from mgptq_export.allocation.budget import cheapest_within, price_for
 from mgptq_export.allocation.column_graph import ModelGraph, build_graphs
+from mgptq_export.allocation.decision import Decision, losses_of_linears
 from mgptq_export.allocation.network import AllocatorNetwork, Correction
 from mgptq_export.allocation.problem import Allocation, AllocationProblem
 from mgptq_export.journal import Record
@@ -63,9 +64,24 @@ class _Lesson:
     doubt: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """An assignment that was tried.
+
+    Attributes:
+        choice: int64 [units].
+        costs: by which it was the cheapest, in nats: float64 [units, formats].
+        trial: what came of it.
+    """
+
+    choice: torch.Tensor
+    costs: torch.Tensor
+    trial: Trial
+
+
 def allocate_by_gnn(
     problem: AllocationProblem, attempt: Callable[[Allocation], Trial], trials: int, steps: int, seed: int
-) -> Allocation:
+) -> Decision:
     """Train the network on trials of its own proposals, and take the one that lost least.
 
     The first trial is the untrained network's, that of the estimated costs. After every trial the network learns to
@@ -83,23 +99,32 @@ def allocate_by_gnn(
     costs, sizes = problem.costs(), problem.sizes()
     choice = cheapest_within(costs, sizes, problem.budget)
     if trials < 2 or int(sizes.max(1).values.sum()) <= problem.budget:  # nothing competes, or nothing is to be learnt
-        return problem.allocation(choice)
+        return Decision(problem.allocation(choice), losses_of_linears(problem, choice, costs, costs))
     trial = attempt(problem.allocation(choice))
     predictor = _Predictor(problem, costs, sizes, choice, trial, seed)
-    tried = [(choice, trial)]
+    tried = [_Tried(choice, predictor.costs, trial)]
     while len(tried) < trials:
-        logger.debug("trial %d: KL divergence %.4f", len(tried), tried[-1][1].divergence)
-        choice = cheapest_within(predictor.learn(tried, steps), sizes, problem.budget)
-        if any(torch.equal(choice, known) for known, _ in tried):
+        logger.debug("trial %d: KL divergence %.4f", len(tried), tried[-1].trial.divergence)
+        corrected = predictor.learn(tried, steps)
+        choice = cheapest_within(corrected, sizes, problem.budget)
+        if any(torch.equal(choice, known.choice) for known in tried):
             break
-        tried.append((choice, attempt(problem.allocation(choice))))
-    best, trial = min(tried, key=lambda one: one[1].divergence)
-    logger.debug("the best trial's KL divergence: %.4f", trial.divergence)
-    return problem.allocation(best)
+        tried.append(_Tried(choice, corrected, attempt(problem.allocation(choice))))
+    best = min(tried, key=lambda one: one.trial.divergence)
+    logger.debug("the best trial's KL divergence: %.4f", best.trial.divergence)
+    return Decision(
+        problem.allocation(best.choice),
+        losses_of_linears(problem, best.choice, predictor.costs, best.costs, best.trial.losses),
+        tuple(one.trial.divergence for one in tried),
+    )
 
 
 class _Predictor:
-    """The network, and what it starts from: the estimated costs, in nats as the first trial measured them."""
+    """The network, and what it starts from.
+
+    Attributes:
+        costs: the estimated ones, in nats as the first trial measured them: float64 [units, formats].
+    """
 
     def __init__(
         self,
@@ -112,22 +137,22 @@ class _Predictor:
     ) -> None:
         estimated = float(costs.gather(1, choice[:, None]).sum())
         measured = float(sum(losses.mean() for losses in trial.losses.values()))
-        self._costs = costs * (max(measured, 1e-9) / max(estimated, 1e-300))
-        self._log_costs = _normalized(self._costs, sizes, price_for(self._costs, sizes, problem.budget))
+        self.costs = costs * (max(measured, 1e-9) / max(estimated, 1e-300))
+        self._log_costs = _normalized(self.costs, sizes, price_for(self.costs, sizes, problem.budget))
         self._problem, self._graph = problem, build_graphs(problem)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._network = AllocatorNetwork(self._graph.features.shape[1], sizes.shape[1])
 
-    def learn(self, tried: list[tuple[torch.Tensor, Trial]], steps: int) -> torch.Tensor:
+    def learn(self, tried: list[_Tried], steps: int) -> torch.Tensor:
         """Train on all trials so far: costs as the network corrects them now, float64 [units, formats]."""
-        lessons = [_lesson(self._problem, self._graph, self._costs, choice, trial) for choice, trial in tried]
+        lessons = [_lesson(self._problem, self._graph, self.costs, one.choice, one.trial) for one in tried]
         optimizer = torch.optim.Adam(self._network.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         with track("Training the allocator", steps) as advance:
             for _ in range(steps):
                 correction = self._network(self._graph, self._log_costs)
-                loss = _error(correction.applied(self._costs), self._graph, lessons) + _ridge(correction)
+                loss = _error(correction.applied(self.costs), self._graph, lessons) + _ridge(correction)
                 if not torch.isfinite(loss):
                     raise NumericalError(
                         "the allocator's loss is NaN or infinite; are weights huge or all zero? try another --allocator"
@@ -138,8 +163,8 @@ class _Predictor:
                 schedule.step()
                 advance()
         with torch.no_grad():
-            corrected = self._network(self._graph, self._log_costs).applied(self._costs)
-        errors = [_error(table, self._graph, lessons).item() for table in (self._costs, corrected)]
+            corrected = self._network(self._graph, self._log_costs).applied(self.costs)
+        errors = [_error(table, self._graph, lessons).item() for table in (self.costs, corrected)]
         logger.debug("error of the estimates %.4f, of the network %.4f", *errors)
         return corrected
 

@@ -1,7 +1,7 @@
 """A layout: how quantized weights may lie in files, which decides what competes for bits and how it is solved."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from mgptq_export.allocation import (
     Allocation,
     AllocationProblem,
+    Decision,
     Trial,
     allocate_by_gnn,
     allocate_by_hessian,
@@ -57,22 +58,29 @@ class Calibration:
 @dataclass(frozen=True)
 class Allocated:
     """Attributes:
-    formats: the format of every block of every linear.
+    decision: the format of every block of every linear, and why.
     orders: for every input group the order in which its columns are stored: int64 [columns].
     """
 
-    formats: Allocation
+    decision: Decision
     orders: Mapping[str, torch.Tensor]
+
+    @property
+    def formats(self) -> Allocation:
+        """The format of every block of every linear."""
+        return self.decision.formats
 
     def to_record(self) -> Record:
         """For a journal."""
-        return Record({name: order.cpu().numpy() for name, order in self.orders.items()}, dict(self.formats))
+        return Record({name: order.cpu().numpy() for name, order in self.orders.items()}, asdict(self.decision))
 
     @classmethod
     def from_record(cls, record: Record, device: torch.device) -> "Allocated":
         """What :meth:`to_record` gave."""
-        formats = {name: tuple(blocks) for name, blocks in record.facts.items()}
-        return cls(formats, {name: torch.from_numpy(order).to(device) for name, order in record.arrays.items()})
+        facts = record.facts
+        formats = {name: tuple(blocks) for name, blocks in facts["formats"].items()}
+        decision = Decision(formats, facts["losses"], tuple(facts["divergences"]))
+        return cls(decision, {name: torch.from_numpy(order).to(device) for name, order in record.arrays.items()})
 
 
 @dataclass(frozen=True)
@@ -167,12 +175,12 @@ def decide(
     if recipe.allocator == "gnn":
 
         def tried(formats: Allocation) -> Trial:
-            return attempt(Allocated(formats, orders))
+            return attempt(Allocated(Decision(formats), orders))
 
-        formats = allocate_by_gnn(problem, tried, recipe.trials, recipe.training_steps, recipe.seed)
+        decision = allocate_by_gnn(problem, tried, recipe.trials, recipe.training_steps, recipe.seed)
     else:
-        formats = allocate_by_hessian(problem) if recipe.allocator == "hessian" else allocate_uniformly(problem)
-    return Allocated(formats, orders)
+        decision = allocate_by_hessian(problem) if recipe.allocator == "hessian" else allocate_uniformly(problem)
+    return Allocated(decision, orders)
 
 
 def check_delivered(delivered: float, recipe: Recipe, unit: str) -> None:

@@ -9,7 +9,7 @@ from mgptq_runtime.strict_json import parse_json_object
 __all__ = ["check_folder", "check_small_files", "read_config", "read_json"]
 
 MAX_JSON_BYTES = 1 << 28
-READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".py")
+READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".py", ".md")
 SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
 # These say how transformers is to work, not what the model is: code from the hub that computes attention, other

@@ -5,7 +5,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +23,7 @@ from mgptq_export.models.gguf_file import read_gguf_file
 from mgptq_export.models.gguf_source import read_gguf_config, read_gguf_weights
 from mgptq_export.models.gguf_tokenizer import write_gguf_tokenizer
 from mgptq_export.models.hyperparameters import COUNTS, check_hyperparameters
+from mgptq_export.models.origin import origin_of_folder, origin_of_gguf
 from mgptq_export.models.weight_files import count_weights, read_weights
 from mgptq_runtime.errors import BadInputError, NumericalError, UnsupportedModelError
 from mgptq_runtime.progress import Advance, track
@@ -58,6 +59,7 @@ class SourceModel:
         tokenizer_folder: holds ``tokenizer.json`` and its companions.
         tokenizer: the same, loaded; None where the source has none.
         memory: keeps the weights, and what is as large.
+        origin: ``source`` by name, ``base_model`` on the hub and the license, where known.
     """
 
     name: str
@@ -68,6 +70,7 @@ class SourceModel:
     tokenizer_folder: Path
     tokenizer: Tokenizer | None
     memory: Memory = IN_MEMORY
+    origin: Mapping[str, str] = field(default_factory=dict)
     _temporary: TemporaryDirectory | None = None
 
     def copy(self) -> "SourceModel":
@@ -183,7 +186,7 @@ def _model_path(source: str, *, weights: bool, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.jinja", *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
+    patterns = ["*.json", "*.jinja", "README.md", *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -304,7 +307,15 @@ def _load_gguf(path: Path, source: str, memory: Memory, advance: Advance) -> Sou
         raise UnsupportedModelError(f"{path} holds weights that a {family.name} model does not have: {extra}")
     advance()
     return SourceModel(
-        _model_name(source), source, family, model, model.config.to_dict(), folder, tokenizer, _temporary=temporary
+        _model_name(source),
+        source,
+        family,
+        model,
+        model.config.to_dict(),
+        folder,
+        tokenizer,
+        origin=origin_of_gguf(path, file.metadata),
+        _temporary=temporary,
     )
 
 
@@ -333,7 +344,8 @@ def _load_hugging_face(
     _check_complete(found, source)
     _check_unused(found["unexpected_keys"], model.config, source)
     advance()
-    return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer)
+    origin = origin_of_folder(source, folder)
+    return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer, origin=origin)
 
 
 def _read_hugging_face(folder: Path) -> tuple[dict[str, Any], Family]:

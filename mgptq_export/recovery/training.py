@@ -31,11 +31,16 @@ KEPT_EVERY = 10
 class Recovered:
     """Attributes:
     model: the recovered model.
-    steps: that were taken.
+    divergences: KL(original || quantized) of every step's batch before the step, in nats per token.
     """
 
     model: QuantizedModel
-    steps: int
+    divergences: tuple[float, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """That were taken."""
+        return len(self.divergences)
 
 
 def recover(
@@ -80,7 +85,7 @@ def recover(
         NumericalError: the loss is NaN or infinite.
     """
     if steps <= 0 and minutes is None:
-        return Recovered(quantized, 0)
+        return Recovered(quantized)
     dtype = dtype or compute_dtype(source.model.device)
     per_step = max(1, batch_tokens // tokens.shape[1])
     with trainable(source, quantized, dtype) as student:
@@ -93,7 +98,7 @@ def recover(
         losses = _Losses(student, Teacher(original, tokens, dtype), tokens)
         checked = batches[:CHECKED_BATCHES]
         before = losses.mean(checked)
-        _train(student, losses, batches, learning_rate, journal)
+        divergences = _train(student, losses, batches, learning_rate, journal)
         student.round()
         after = losses.mean(checked)
         logger.debug("recovery: KL divergence %.4f before, %.4f after", before, after)
@@ -101,7 +106,7 @@ def recover(
     if result is quantized:
         logger.warning("recovery did not lower the loss (%.4f before, %.4f after); nothing was changed", before, after)
     load_quantized_weights(source, result)
-    return Recovered(result, steps)
+    return Recovered(result, divergences)
 
 
 def _steps_within(
@@ -152,15 +157,17 @@ def _draw(sequences: int, steps: int, per_step: int, seed: int) -> tuple[torch.T
 
 def _train(
     student: Student, losses: _Losses, batches: list[torch.Tensor], learning_rate: float, journal: Journal
-) -> None:
+) -> tuple[float, ...]:
+    """Take all steps that the journal does not hold: the loss of each batch."""
     optimizer = RelativeAdam(student.trained())
     steps = len(batches)
     warm_up = int(steps * WARM_UP_SHARE)
     taken = journal.get("recovery")
-    done = 0
+    divergences: list[float] = []
     if taken:
-        done = taken.facts
-        optimizer.restore(taken.arrays, done)
+        divergences = taken.facts
+        optimizer.restore(taken.arrays, len(divergences))
+    done = len(divergences)
     with track("Recovering", steps) as advance:
         for step, batch in enumerate(batches):
             if step < done:
@@ -169,7 +176,9 @@ def _train(
             loss = losses.on(batch)
             loss.backward()
             optimizer.step(learning_rate * cosine(step, steps, warm_up))
+            divergences.append(loss.item())
             logger.debug("recovery step %d: KL divergence %.4f", step, loss.item())
             if (step + 1) % KEPT_EVERY == 0:
-                journal.put("recovery", Record(optimizer.state(), step + 1))
+                journal.put("recovery", Record(optimizer.state(), divergences))
             advance()
+    return tuple(divergences)

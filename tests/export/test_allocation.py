@@ -83,7 +83,15 @@ class Model:
 def by_gnn(
     problem: BlockProblem, trials: int = 2, steps: int = 2, factors: dict[str, float] | None = None
 ) -> Allocation:
-    return allocate_by_gnn(problem, Model(problem, factors).attempt, trials, steps, 0)
+    return allocate_by_gnn(problem, Model(problem, factors).attempt, trials, steps, 0).formats
+
+
+def by_hessian(problem: BlockProblem) -> Allocation:
+    return allocate_by_hessian(problem).formats
+
+
+def uniformly(problem: BlockProblem) -> Allocation:
+    return allocate_uniformly(problem).formats
 
 
 def bits_of(allocation: dict[str, tuple[str, ...]], linears: list[LinearProblem]) -> int:
@@ -188,7 +196,7 @@ def test_scores_that_are_no_numbers_are_an_error(value):
 
 def test_nan_sensitivities_are_an_error_for_every_scoring_allocator(linears):
     broken = [replace(linears[0], sensitivity=torch.full((48,), torch.nan)), *linears[1:]]
-    for allocate in (allocate_by_hessian, by_gnn):
+    for allocate in (by_hessian, by_gnn):
         with pytest.raises(NumericalError):
             allocate(problem_of(broken, 2.5))
 
@@ -200,8 +208,8 @@ def test_nan_sensitivities_are_an_error_for_every_scoring_allocator(linears):
 @pytest.mark.parametrize("allocator", ["uniform", "hessian", "gnn"])
 def test_every_allocator_meets_the_budget_with_descending_formats(linears, allocator, bits):
     allocate = {
-        "uniform": allocate_uniformly,
-        "hessian": allocate_by_hessian,
+        "uniform": uniformly,
+        "hessian": by_hessian,
         "gnn": by_gnn,
     }[allocator]
     problem = problem_of(linears, bits)
@@ -220,7 +228,7 @@ def test_uniform_gives_every_linear_the_same_bits(bits):
     """To within half a block, since blocks are whole, and one more that what is left of the budget buys."""
     linears = [random_linear(f"blk.{i}.x", 0, 16 * (i + 1), columns, i) for i, columns in enumerate((256, 512, 1024))]
     problem = problem_of(linears, bits)
-    allocation = allocate_uniformly(problem)
+    allocation = uniformly(problem)
     widths = [FORMATS[fmt].bits_per_weight for fmt in ALL_FORMATS]
     step = max(b - a for a, b in itertools.pairwise(widths) if a <= bits + 0.1)
     for linear in linears:
@@ -230,7 +238,7 @@ def test_uniform_gives_every_linear_the_same_bits(bits):
 
 @pytest.mark.parametrize("allocator", ["hessian", "gnn"])
 def test_bits_go_where_the_loss_minds(linears, allocator):
-    allocate = allocate_by_hessian if allocator == "hessian" else by_gnn
+    allocate = by_hessian if allocator == "hessian" else by_gnn
     twin = replace(linears[0], name="blk.1.attn_q", sensitivity=100 * linears[0].sensitivity)
     allocation = allocate(problem_of([linears[0], twin], 2.5))
     careless, careful = (bits_of({name: allocation[name]}, [linears[0], twin]) for name in allocation)
@@ -240,7 +248,7 @@ def test_bits_go_where_the_loss_minds(linears, allocator):
 @pytest.mark.parametrize("bits", [1.4, 2.5, 3.3])
 def test_an_untrained_network_allocates_as_the_estimate_says(linears, bits):
     problem = problem_of(linears, bits)
-    assert by_gnn(problem, trials=1) == by_gnn(problem, trials=2, steps=0) == allocate_by_hessian(problem)
+    assert by_gnn(problem, trials=1) == by_gnn(problem, trials=2, steps=0) == by_hessian(problem)
 
 
 def test_training_is_deterministic_and_leaves_the_global_generator_alone(linears):
@@ -258,7 +266,7 @@ def test_the_network_learns_where_the_estimate_is_wrong(linears, factor):
     """A linear's true loss is off by a factor: bits move to it or away from it, and the loss falls."""
     problem, factors = problem_of(linears, 2.4), {"blk.1.attn_q": factor}
     model = Model(problem, factors)
-    estimated, learnt = allocate_by_hessian(problem), by_gnn(problem, 4, 60, factors)
+    estimated, learnt = by_hessian(problem), by_gnn(problem, 4, 60, factors)
     before, after = (bits_of({"blk.1.attn_q": one["blk.1.attn_q"]}, linears) for one in (estimated, learnt))
     assert after > before if factor > 1 else after < before
     assert model.loss(learnt) < 0.97 * model.loss(estimated)
@@ -272,7 +280,7 @@ def test_a_proposal_that_loses_more_than_the_estimates_is_not_taken(linears):
         trial = model.attempt(allocation)
         return replace(trial, divergence=float(len(model.tried)))
 
-    assert allocate_by_gnn(problem, worse_every_time, 3, 30, 0) == allocate_by_hessian(problem)
+    assert allocate_by_gnn(problem, worse_every_time, 3, 30, 0).formats == by_hessian(problem)
     assert len(model.tried) == 3 and model.tried[0] != model.tried[1]
 
 
@@ -280,7 +288,7 @@ def test_no_trial_is_made_twice(linears):
     """Trials that confirm the estimates change nothing, and more of them are no use."""
     problem = problem_of(linears, 2.4)
     model = Model(problem)
-    assert allocate_by_gnn(problem, model.attempt, 5, 0, 0) == allocate_by_hessian(problem)
+    assert allocate_by_gnn(problem, model.attempt, 5, 0, 0).formats == by_hessian(problem)
     assert len(model.tried) == 1
 
 
@@ -361,3 +369,19 @@ def test_features_do_not_depend_on_the_scale_of_weights_and_activations():
     assert torch.allclose(
         build_graphs(problem_of([linear], 2.5)).features, build_graphs(problem_of([louder], 2.5)).features, atol=1e-4
     )
+
+
+def test_a_decision_says_what_each_linear_costs_and_what_bits_would_change(linears):
+    problem = problem_of(linears, 2.4)
+    costs, factors = problem.costs(), {"blk.0.ffn_down": 9.0}
+    for decision in (allocate_by_hessian(problem), allocate_by_gnn(problem, Model(problem, factors).attempt, 4, 60, 0)):
+        assert set(decision.losses) == {linear.name for linear in linears}
+        for losses in decision.losses.values():
+            assert losses["with_most_bits"] <= losses["decisive"] <= losses["with_fewest_bits"]
+    learnt = allocate_by_gnn(problem, Model(problem, factors).attempt, 4, 60, 0)
+    assert learnt.divergences and min(learnt.divergences) == Model(problem, factors).loss(learnt.formats)
+    assert learnt.losses["blk.0.ffn_down"]["measured"] > 0
+    total = sum(losses["estimated"] for losses in allocate_by_hessian(problem).losses.values())
+    choice = cheapest_within(costs, problem.sizes(), problem.budget)
+    assert total == pytest.approx(float(costs.gather(1, choice[:, None]).sum()))
+    assert not allocate_uniformly(problem).losses

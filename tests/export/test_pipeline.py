@@ -33,6 +33,10 @@ from mgptq_runtime.perplexity import measure_perplexity, read_text
 BOTH = ["container", "onnx"]
 
 
+# What tells of a package as a whole.
+TOLD = dict.fromkeys(("manifest.json", "README.md", "report.html"), b"")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -250,14 +254,14 @@ def test_a_folder_with_another_programs_manifest_is_never_replaced(even_model, t
 
 
 def test_what_appears_meanwhile_is_not_replaced_unasked(even_model, tmp_path, monkeypatch):
-    write = pipeline._write_manifest
+    write = pipeline.complete
 
     def write_late(*arguments):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out/precious").write_text("x")
         return write(*arguments)
 
-    monkeypatch.setattr(pipeline, "_write_manifest", write_late)
+    monkeypatch.setattr(pipeline, "complete", write_late)
     with pytest.raises(BadInputError, match="failed"):
         pipeline.run(str(even_model), tmp_path / "out", QUICK, BOTH, export_targets=False)
     assert contents(tmp_path / "out") == {"precious": b"x"}
@@ -297,8 +301,9 @@ def bare(even_model, tmp_path_factory) -> Path:
 def test_quantize_then_export_is_run(bare, package, tmp_path):
     manifest = pipeline.export(bare, BOTH, tmp_path / "out")
     exported, whole = contents(tmp_path / "out"), contents(package.folder)
-    assert {**exported, "manifest.json": b""} == {**whole, "manifest.json": b""}
-    assert {**manifest, "evaluation": None} == {**package.manifest, "evaluation": None}
+    assert {**exported, **TOLD} == {**whole, **TOLD}
+    written = {key: value for key, value in manifest.items() if key not in ("evaluation", "files")}
+    assert written == {key: package.manifest[key] for key in written}
 
 
 def test_export_adds_a_target_and_keeps_the_rest(bare, tmp_path):
@@ -309,7 +314,7 @@ def test_export_adds_a_target_and_keeps_the_rest(bare, tmp_path):
     assert manifest["targets"] == BOTH
     second = contents(folder)
     assert second.keys() - first.keys() == {"model.mgptq.gguf"}
-    assert all(second[path] == data for path, data in first.items() if path != "manifest.json")
+    assert all(second[path] == data for path, data in first.items() if path not in TOLD)
     assert {file["path"] for file in manifest["files"]} == second.keys() - {"manifest.json"}
     assert list(tmp_path.iterdir()) == [folder]
 

@@ -1,0 +1,50 @@
+"""Uploading a package to the Hugging Face hub."""
+
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from mgptq_export.pipeline import read_manifest, verify
+from mgptq_runtime.errors import BadInputError, PackageError
+
+__all__ = ["push"]
+
+
+def push(package: Path, repository: str, *, private: bool = False, endpoint: str | None = None) -> str:
+    """Upload a package to a model repository, which is created where there is none. Its ``README.md`` is the card.
+
+    Args:
+        package: a folder written by :func:`mgptq_export.pipeline.run`; its files must be what its manifest says.
+        repository: ``OWNER/NAME``.
+        private: whether a new repository is.
+        endpoint: of the hub; None for the one that huggingface_hub is set to.
+
+    Returns:
+        the address of the upload.
+
+    Raises:
+        PackageError: no package, or a file is not as its manifest says.
+        BadInputError: a name that the hub does not take, no access, no connection.
+    """
+    manifest = read_manifest(package)
+    if problems := verify(package):
+        first = problems[0]
+        raise PackageError(
+            f"{package / first['path']} {first['problem']}; make the package again before it is uploaded"
+        )
+    try:
+        validate_repo_id(repository)
+        api = HfApi(endpoint=endpoint)
+        api.create_repo(repository, private=private, exist_ok=True)
+        message = f"{manifest['name']} at {manifest['bits']['stored']:.4g} bits"
+        return str(api.upload_folder(repo_id=repository, folder_path=package, commit_message=message))
+    except HFValidationError as error:
+        raise BadInputError(f"{repository} is no name for a repository: {error}; give OWNER/NAME") from error
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
+        raise BadInputError(
+            f"the hub did not take the package for {repository} ({error}); log in with: hf auth login, "
+            "and check the name and the connection"
+        ) from error

@@ -1,0 +1,57 @@
+"""Where a model comes from, for the card of what is made of it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import yaml
+from huggingface_hub.repocard import metadata_load
+
+__all__ = ["origin_of_folder", "origin_of_gguf"]
+
+CARD = "README.md"
+MAX_CARD_BYTES = 1 << 20
+LICENSE_KEYS = ("license", "license_name", "license_link")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def origin_of_folder(source: str, folder: Path) -> dict[str, str]:
+    """``source``, a hub id or the folder's name; ``base_model`` and the license where the model card or the id tells.
+
+    Args:
+        source: what the user named; a hub id is the base model itself.
+    """
+    found = _read_card(folder / CARD)
+    license_facts = {key: found[key] for key in LICENSE_KEYS if _is_line(found.get(key))}
+    if Path(source).exists():
+        return {"source": folder.resolve().name, **license_facts}
+    return {"source": source, "base_model": source, **license_facts}
+
+
+def origin_of_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What a GGUF file's metadata says, as :func:`origin_of_folder`."""
+    named = {
+        "license": "general.license",
+        "license_name": "general.license.name",
+        "license_link": "general.license.link",
+    }
+    origin = {key: str(metadata[name]) for key, name in named.items() if _is_line(metadata.get(name))}
+    url = metadata.get("general.base_model.0.repo_url")
+    base = urlparse(str(url)).path.strip("/") if _is_line(url) else ""
+    return {"source": path.name, **origin, **({"base_model": base} if HUB_ID.fullmatch(base) else {})}
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    """The metadata of a model card; a card that cannot be read says nothing."""
+    if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
+        return {}
+    try:
+        return metadata_load(path) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()

@@ -1,0 +1,32 @@
+"""The few numbers that decide whether a package is good enough, from its manifest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mgptq_export.targets import target_named
+from mgptq_runtime.quantized_model import QuantizedModel
+
+__all__ = ["float16_bytes", "model_bytes", "verdict"]
+
+
+def float16_bytes(model: QuantizedModel) -> int:
+    """What the weights of the original take in float16."""
+    tables = [model.embedding, *([model.head] if model.head else [])]
+    matrices = sum(linear.rows * linear.columns for linear in (*model.linears(), *tables))
+    return 2 * (matrices + sum(array.size for array in model.tensors.values()))
+
+
+def model_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """By target, what its model files take."""
+    return {
+        name: sum(file["bytes"] for file in manifest["files"] if target_named(name).counts(file["path"]))
+        for name in manifest["targets"]
+    }
+
+
+def verdict(manifest: Mapping[str, Any]) -> str:
+    """``passed``, ``failed`` or ``unchecked``: what the replay of the golden vectors said."""
+    results = manifest["check"]["results"].values()
+    if not results:
+        return "unchecked"
+    return "passed" if all(result["passed"] for result in results) else "failed"

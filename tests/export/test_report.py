@@ -1,0 +1,256 @@
+"""report.html, opened in Chromium, and the model card. The manifest is trusted."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx2
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from install_browser import find_browser
+from playwright.sync_api import Browser, Page, sync_playwright
+from small_runs import RECIPE, Package
+
+from mgptq_export import cli as command
+from mgptq_export import hub, pipeline
+from mgptq_export.history import History
+from mgptq_export.recipe import FAST, Recipe
+from mgptq_export.report.card import recipe_options
+from mgptq_runtime.errors import BadInputError, PackageError
+
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+FULL = replace(RECIPE, recovery_steps=3)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = find_browser()
+    assert path, "no Chromium on the PATH; run tools/install_browser.py"
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def full(even_model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """Every target, recovered and evaluated."""
+    text = pipeline.EvaluationText(text_file, window=64, windows=2)
+    folder = tmp_path_factory.mktemp("full") / "package"
+    manifest = pipeline.run(str(even_model), folder, FULL, ["container", "onnx", "llama.cpp"], text=text)
+    return Package(folder, manifest, even_model, text)
+
+
+def opened(browser: Browser, package: Path, **options: object) -> tuple[Page, list[str]]:
+    """The drawn page, and all that the browser complained about or wanted to load."""
+    page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
+    noted: list[str] = []
+    page.on("console", lambda message: noted.append(message.text))
+    page.on("pageerror", lambda error: noted.append(str(error)))
+    page.on("request", lambda request: noted.append(request.url))
+    page.goto((package / "report.html").as_uri())
+    page.wait_for_selector("html[data-drawn]", timeout=30_000)
+    return page, noted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_report_opens_without_a_complaint_and_shows_all_charts(browser, full, width, theme):
+    page, noted = opened(browser, full.folder, viewport={"width": width, "height": 900}, color_scheme=theme)
+    assert noted == [(full.folder / "report.html").as_uri()]
+    charts = page.locator(".chart").all()
+    assert [chart.get_attribute("id") for chart in charts] == [
+        "quality",
+        *(f"{chart}-{name}" for name in ("columns", "tensors") for chart in CHARTS),
+    ]
+    for chart in charts:
+        assert chart.locator(".role-mark path").count() > 0
+        assert chart.locator("svg").bounding_box()["width"] <= width
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"report-{width}-{theme}.png", full_page=True)
+
+
+CHARTS = ("allocation", "bytes", "layers", "trials", "recovery")
+
+
+@pytest.mark.slow
+def test_the_reports_numbers_are_the_manifests(browser, full):
+    page, _ = opened(browser, full.folder)
+    tiles = page.locator(".tiles li").all_inner_texts()
+    sizes = {file["path"]: file["bytes"] for file in full.manifest["files"]}
+    assert any(tile.startswith(f"{sizes['model.mgptq.gguf'] / 1e6:.1f} MB") for tile in tiles)
+    results = full.manifest["evaluation"]["results"]
+    rows = page.locator("[aria-label=Quality] tbody tr").all()
+    for row, (name, quality) in zip(rows, results.items(), strict=True):
+        cells = row.locator("td").all_inner_texts()
+        assert cells[:3] == [name, f"{quality['perplexity']:.3f}", f"{quality['kl_divergence']:.4f}"]
+    checks = page.locator("[aria-label='The checks'] tbody tr").all()
+    assert [row.locator("td").all_inner_texts()[:2] for row in checks] == [
+        [name, "passed"] for name in full.manifest["check"]["results"]
+    ]
+    assert f"{full.manifest['bits']['stored']:.4f} stored bits" in page.locator("header").inner_text()
+    drawn = json.loads(page.locator("#charts").text_content())
+    stored = {row["linear"]: row["bits"] for row in drawn["allocation-columns"]["data"]["values"]}
+    weights = dict(linear_weights(full))
+    assert stored.keys() == weights.keys()
+    spent = sum(bits * weights[name] for name, bits in stored.items()) / sum(weights.values())
+    assert spent == pytest.approx(full.manifest["bits"]["stored"], abs=0.1)
+
+
+def linear_weights(package: Package) -> Iterator[tuple[str, int]]:
+    config = json.loads((package.folder / "quantized" / "config.json").read_text())
+    for group in config["quantization_config"]["layout"]["groups"]:
+        for linear in group["linears"]:
+            yield linear["name"], linear["rows"] * linear["columns"]
+
+
+@pytest.mark.slow
+def test_hovering_a_linear_shows_its_numbers(browser, full):
+    page, _ = opened(browser, full.folder)
+    page.locator("#allocation-columns .mark-rect path").first.hover()
+    shown = page.locator("#vg-tooltip-element").inner_text()
+    assert re.search(r"linear\s*blk\.0\.attn_q", shown) and "stored bits" in shown and "nats" in shown
+
+
+@pytest.mark.slow
+def test_every_chart_is_described_and_has_its_numbers_in_a_table(browser, full):
+    page, _ = opened(browser, full.folder)
+    for figure in page.locator("figure").all():
+        for reference in ("aria-labelledby", "aria-describedby"):
+            assert page.locator(f"#{figure.get_attribute(reference)}").inner_text()
+        assert figure.locator("tbody tr").count() > 0
+        assert figure.locator("svg[role=graphics-document], [role=graphics-document]").count() > 0
+
+
+@pytest.mark.slow
+def test_a_model_cannot_put_markup_into_the_report(browser, even_model, tmp_path):
+    hostile = tmp_path / "</script><img src=x onerror=alert(1)>"
+    hostile.parent.mkdir(parents=True, exist_ok=True)
+    hostile.mkdir(parents=True)
+    for path in even_model.iterdir():
+        (hostile / path.name).write_bytes(path.read_bytes())
+    pipeline.run(str(hostile), tmp_path / "out", RECIPE, ["container"])
+    page, noted = opened(browser, tmp_path / "out")
+    assert len(noted) == 1 and page.locator("img").count() == 0
+    assert hostile.name in page.locator("h1").inner_text()
+
+
+def test_the_report_is_one_small_file_and_listed_in_the_manifest(package):
+    page = package.folder / "report.html"
+    assert page.stat().st_size < 3_000_000
+    assert {"report.html", "README.md", "quantized/history.json"} <= {one["path"] for one in package.manifest["files"]}
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?(http|//)", page.read_text())
+
+
+def test_history_tells_how_the_package_came_about(full):
+    history = History.read(full.folder / "quantized")
+    assert history.losses.keys() == dict(linear_weights(full)).keys()
+    assert len(history.trials) == FULL.trials and len(history.recovery) == FULL.recovery_steps
+    assert len(history.errors_solved) == len(history.errors_recovered) == 2
+    assert all(0 < error < 2 for error in history.errors_solved)
+
+
+def test_checks_of_all_backends_are_in_the_manifest(full, tmp_path):
+    results = full.manifest["check"]["results"]
+    assert list(results) == ["numpy", "onnx", "onnx_exact"] and all(result["passed"] for result in results.values())
+    again = pipeline.export(full.folder, ["container"], tmp_path / "again")
+    assert again["check"]["results"] == results
+
+
+# The card
+
+
+def test_the_card_has_the_hubs_metadata_and_the_numbers(full):
+    card = ModelCard.load(full.folder / "README.md")
+    assert card.data.library_name == "mgptq-export" and card.data.pipeline_tag == "text-generation"
+    assert {"gguf", "onnx", "llama.cpp"} <= set(card.data.tags)
+    assert card.data.to_dict()["quantization"]["bits_per_weight"] == round(full.manifest["bits"]["stored"], 4)
+    for name, quality in full.manifest["evaluation"]["results"].items():
+        assert f"| {name} | {quality['perplexity']:.3f} | {quality['kl_divergence']:.4f} |" in card.text
+
+
+def test_license_and_base_model_are_carried_over(even_model, tmp_path):
+    model = tmp_path / "licensed"
+    model.mkdir()
+    for path in even_model.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    (model / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: house-rules\nbase_model: a/b\n---\n# A model\n"
+    )
+    pipeline.run(str(model), tmp_path / "out", RECIPE, ["container"])
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.license, data.license_name) == ("other", "house-rules")
+
+
+@pytest.mark.parametrize("card", ["", "---\n: :\n- [\n---\n", "---\nlicense: 7\n---\n", "no metadata"])
+def test_a_broken_card_of_the_original_is_no_error(even_model, tmp_path, card):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in even_model.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    (model / "README.md").write_text(card)
+    manifest = pipeline.run(str(model), tmp_path / "out", RECIPE, ["container"])
+    assert "license" not in manifest["origin"]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(bits=3.1, samples=9, seed=4, allocator="hessian", ggml_types=("q2_0", "q4_0")),
+        Recipe(size=50_000_000, embedding_format="b8", recovery_steps=0, drift_correction=0.25),
+        Recipe(**FAST),
+        Recipe(**(FAST | {"samples": 20})),
+    ],
+)
+def test_the_cards_command_gives_the_recipe_again(recipe, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda model, out, recipe, targets, **others: seen.append(recipe) or {})
+    monkeypatch.setattr(command, "_print_manifest", lambda *arguments: None)
+    typed = " ".join(recipe_options(recipe.to_json())).split()
+    command.cli.main(["run", "model", "-o", "out", *typed], standalone_mode=False)
+    assert seen == [recipe]
+
+
+# Push
+
+
+def test_push_uploads_the_folder_to_a_repository_that_it_creates(package, monkeypatch, main):
+    calls = []
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)))
+    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, **options: calls.append(options) or "the address")
+    code, out, _ = main("push", package.folder, "me/model", "--private", "--json")
+    assert code == 0 and json.loads(out) == {"url": "the address"}
+    assert calls[0] == ("me/model", {"private": True, "exist_ok": True})
+    assert calls[1]["repo_id"] == "me/model" and calls[1]["folder_path"] == package.folder
+
+
+def test_a_damaged_package_is_not_uploaded(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda *arguments, **options: pytest.fail("called"))
+    broken = tmp_path / "broken"
+    pipeline.export(package.folder, ["container"], broken)
+    (broken / "README.md").write_text("changed")
+    with pytest.raises(PackageError, match=r"README\.md has"):
+        hub.push(broken, "me/model")
+
+
+def test_a_hub_that_does_not_answer_or_a_bad_name_is_a_typed_error(package):
+    with pytest.raises(BadInputError, match="log in"):
+        hub.push(package.folder, "me/model", endpoint="http://127.0.0.1:9")
+    with pytest.raises(BadInputError, match="OWNER/NAME"):
+        hub.push(package.folder, "not//a name")
+
+
+def test_the_hubs_refusal_is_a_typed_error(package, monkeypatch):
+    def refuse(*arguments: object, **options: object) -> None:
+        answer = httpx2.Response(401, request=httpx2.Request("POST", "http://127.0.0.1"))
+        raise HfHubHTTPError("401 Unauthorized", response=answer)
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", refuse)
+    with pytest.raises(BadInputError, match="hf auth login"):
+        hub.push(package.folder, "me/model")
