@@ -13,7 +13,7 @@ from mgptq_runtime.progress import track
 __all__ = ["Quality", "Scorer", "evaluate", "evaluation_windows", "torch_scorer"]
 
 Scorer = Callable[[torch.Tensor], torch.Tensor]
-"""int64 [1, window] tokens to float32 [window, vocabulary] logits."""
+"""int64 [1, window] tokens to float32 [window, vocabulary] logits; those of the second half and one before it do."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,19 @@ def evaluate(
     divergences = dict.fromkeys(names, 0.0)
     agreements = dict.fromkeys(names, 0)
     half = windows.shape[1] // 2
+    last = slice(half - windows.shape[1] - 1, -1)
     scored = windows.shape[0] * (windows.shape[1] - half)
     with track(title, windows.shape[0] * len(names)) as advance:
         for window in windows:
             targets = window[half:]
-            original = torch.log_softmax(reference(window[None])[half - 1 : -1].double(), -1)
+            original = torch.log_softmax(reference(window[None])[last].double(), -1)
             probabilities = original.exp()
             best = original.argmax(-1)
             for name in names:
                 if name == "original":
                     predicted = original
                 else:
-                    predicted = torch.log_softmax(scorers[name](window[None])[half - 1 : -1].double(), -1)
+                    predicted = torch.log_softmax(scorers[name](window[None])[last].double(), -1)
                 losses[name] -= float(predicted.gather(1, targets[:, None]).sum())
                 divergences[name] += float((probabilities * (original - predicted)).sum())
                 agreements[name] += int((predicted.argmax(-1) == best).sum())

@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from mgptq_export.checkpoint import (
     unpack_model,
     write_checkpoint,
 )
-from mgptq_export.evaluation import Quality, Scorer, evaluate, evaluation_windows, torch_scorer
+from mgptq_export.evaluation import Scorer, evaluate, evaluation_windows, torch_scorer
 from mgptq_export.golden import make_golden
 from mgptq_export.history import History, layer_errors
 from mgptq_export.journal import Journal, Record
@@ -50,11 +50,18 @@ from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 __all__ = [
     "EvaluationText",
     "Solved",
+    "check_tokenizer",
     "evaluate_package",
     "export",
+    "identity",
+    "layouts_of",
+    "load_original",
+    "make_package",
+    "measure",
     "read_manifest",
     "run",
     "save_solved",
+    "text_windows",
     "verified_checkpoint",
     "verify",
     "write_targets",
@@ -125,36 +132,71 @@ def run(
     Raises:
         MgptqError: see :mod:`mgptq_runtime.errors`; no package is left behind.
     """
-    layouts = _layouts_of(targets)
+    layouts = layouts_of(targets)
     with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way, typed_memory_errors():
-        on_cpu = device.split(":")[0] == "cpu"
-        files = under_way.folder.parent
-        memory = memory_for(count_model_weights(model), files, max_memory) if on_cpu else IN_MEMORY
-        source = load_source(model, device=device, trust_remote_code=trust_remote_code, memory=memory)
-        for target in targets:
-            target_named(target).check_config(source.model.config)
+        folder, journal = under_way.folder, under_way.journal
+        source = load_original(model, targets, folder.parent, device, max_memory, trust_remote_code)
         recipes = _layout_recipes(source, recipe, targets)
         for layout in layouts:
             check_budget(source, recipes[layout.name], layout)
-        _check_tokenizer(source, targets)
-        windows = _windows(source, text) if text else None
-        under_way.identify(_identity(source, recipe, targets))
-        original = source.copy() if text else source
-        calibration = calibrate(source, recipe, under_way.journal)
-        folder = under_way.folder
-        solved = _quantize_into(folder, source, calibration, recipes, under_way.journal)
-        written = targets if export_targets else []
-        manifest = write_targets(folder, solved, written)
+        check_tokenizer(source, targets)
+        windows = text_windows(source, text) if text else None
+        under_way.identify(identity(source, recipe, targets))
+        measuring = None
         if text and windows is not None:
-            quality = evaluate(windows, torch_scorer(original.model), _scorers(source, solved, folder, written))
-            evaluation = _evaluation_json(text, windows, quality)
-            manifest = complete(folder, solved, written, manifest["check"]["results"], evaluation)
-        return manifest
+            measuring = partial(measure, text, windows, torch_scorer(source.copy().model))
+        calibration = calibrate(source, recipe, journal)
+        written = targets if export_targets else []
+        return make_package(folder, source, calibration, recipes, written, journal, measuring)
+
+
+def load_original(
+    model: str, targets: Sequence[str], files: Path, device: str, max_memory: int | None, trust_remote_code: bool
+) -> SourceModel:
+    """Load the model to quantize, whose configuration every target can hold.
+
+    Args:
+        files: a folder for what does not fit into ``max_memory``; the others are as for :func:`run`.
+    """
+    on_cpu = device.split(":")[0] == "cpu"
+    memory = memory_for(count_model_weights(model), files, max_memory) if on_cpu else IN_MEMORY
+    source = load_source(model, device=device, trust_remote_code=trust_remote_code, memory=memory)
+    for target in targets:
+        target_named(target).check_config(source.model.config)
+    return source
+
+
+def make_package(
+    folder: Path,
+    source: SourceModel,
+    calibration: Calibration,
+    recipes: Mapping[str, Recipe],
+    targets: Sequence[str],
+    journal: Journal,
+    measuring: Callable[[Mapping[str, Scorer]], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Quantize copies of a calibrated model, export them, evaluate what was exported; ``source`` stays as it is.
+
+    Args:
+        folder: becomes the package.
+        recipes: by name of the layout.
+        journal: what has been done of this before, and where to keep what is done.
+        measuring: :func:`measure` with all but the scorers; None to leave evaluation out.
+
+    Returns:
+        the manifest.
+    """
+    solved = _quantize_into(folder, source, calibration, recipes, journal)
+    manifest = write_targets(folder, solved, targets)
+    if measuring:
+        evaluation = measuring(_scorers(source, solved, folder, targets))
+        manifest = complete(folder, solved, targets, manifest["check"]["results"], evaluation)
+    return manifest
 
 
 def _layout_recipes(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dict[str, Recipe]:
     """What each layout is quantized by: the recipe, its bits being those that its size has room for."""
-    layouts = _layouts_of(targets)
+    layouts = layouts_of(targets)
     if recipe.size is None:
         return {layout.name: recipe for layout in layouts}
     shape = source.shape()
@@ -167,7 +209,7 @@ def _layout_recipes(source: SourceModel, recipe: Recipe, targets: Sequence[str])
     return recipes
 
 
-def _check_tokenizer(source: SourceModel, targets: Sequence[str]) -> None:
+def check_tokenizer(source: SourceModel, targets: Sequence[str]) -> None:
     """Refuse tokenizer files that a target cannot hold now, and not after hours of work."""
     rows = source.model.get_input_embeddings().weight.shape[0]
     with tokenizer_files(source.tokenizer_folder, rows) as folder:
@@ -175,7 +217,7 @@ def _check_tokenizer(source: SourceModel, targets: Sequence[str]) -> None:
             target_named(target).check_tokenizer(folder, rows, source.config)
 
 
-def _layouts_of(targets: Sequence[str]) -> list[Layout]:
+def layouts_of(targets: Sequence[str]) -> list[Layout]:
     """The layouts that targets need, in the registry's order."""
     wanted = {target_named(target).layout.name for target in targets}
     return [layout for layout in LAYOUTS.values() if layout.name in wanted]
@@ -229,9 +271,9 @@ def evaluate_package(package: Path, model: str, text: EvaluationText, *, device:
     manifest = read_manifest(package)
     solved = _read_solved(package, manifest)
     source = load_source(model, device=device)
-    windows = _windows(source, text)
+    windows = text_windows(source, text)
     scorers = _scorers(source, solved, package, manifest["targets"])
-    return _evaluation_json(text, windows, evaluate(windows, torch_scorer(source.model), scorers))
+    return measure(text, windows, torch_scorer(source.model), scorers)
 
 
 def read_manifest(package: Path) -> dict[str, Any]:
@@ -323,7 +365,12 @@ def _verify_files(package: Path, files: list[dict[str, Any]]) -> None:
             )
 
 
-def _windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
+def text_windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
+    """What an evaluation scores: int64 [windows, window].
+
+    Raises:
+        BadInputError: a text that cannot be used, or a window beyond the model's context.
+    """
     if source.tokenizer is None:
         raise BadInputError(f"{source.source} has no tokenizer, so text cannot be evaluated; leave --evaluate out")
     limit = source.model.config.max_position_embeddings
@@ -495,7 +542,11 @@ def _backend_scorer(backend: Backend) -> Scorer:
     return lambda tokens: torch.from_numpy(backend.forward(tokens.numpy(), backend.new_cache()))[0]
 
 
-def _evaluation_json(text: EvaluationText, windows: torch.Tensor, quality: dict[str, Quality]) -> dict[str, Any]:
+def measure(
+    text: EvaluationText, windows: torch.Tensor, reference: Scorer, scorers: Mapping[str, Scorer]
+) -> dict[str, Any]:
+    """Compare scorers with the original on the windows of a text; see :func:`evaluate_package` for what comes back."""
+    quality = evaluate(windows, reference, scorers)
     return {
         "text": text.path.name,
         "text_sha256": file_sha256(text.path),
@@ -532,7 +583,7 @@ def _bits(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dict[str, Any]:
+def identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dict[str, Any]:
     """All that the bytes of a package depend on, evaluation apart."""
     text = Path(recipe.calibration)
     tokenizer = source.tokenizer_folder / "tokenizer.json"

@@ -32,7 +32,16 @@ from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, GGML_FORMATS, padded_c
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel
 
-__all__ = ["Quantization", "Repairs", "calibrate", "check_budget", "quantize", "round_to_nearest", "solve"]
+__all__ = [
+    "Quantization",
+    "Repairs",
+    "calibrate",
+    "calibration_set",
+    "check_budget",
+    "quantize",
+    "round_to_nearest",
+    "solve",
+]
 
 HELD_OUT_ONE_IN = 8
 # Relative to the mean of a Hessian's diagonal: with less, weights follow what only the calibration text shows.
@@ -134,8 +143,7 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
     Args:
         journal: what has been done of this before, and where to keep what is done.
     """
-    text = journal.once("text", lambda: Record({"tokens": calibration_tokens(source, recipe).numpy()}))
-    tokens = torch.from_numpy(text.arrays["tokens"])
+    tokens = calibration_set(source, recipe, journal)
     generator = torch.Generator().manual_seed(recipe.seed)
     held_out = len(tokens) // HELD_OUT_ONE_IN
 
@@ -148,6 +156,12 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
         _renumber_intermediate(source, layer, index, groups, orders)
         source.memory.release_weights(layer)
     return Calibration(tokens, tokens[:held_out] if held_out else tokens, replace(renumbered, groups=groups), orders)
+
+
+def calibration_set(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL) -> torch.Tensor:
+    """What :func:`calibrate` measures the model on, with its journal: int64 [sequences, sequence_length]."""
+    text = journal.once("text", lambda: Record({"tokens": calibration_tokens(source, recipe).numpy()}))
+    return torch.from_numpy(text.arrays["tokens"])
 
 
 def _renumber_hidden(source: SourceModel, statistics: ModelStatistics) -> ModelStatistics:
