@@ -54,6 +54,16 @@ def _recipe(bits: float | None, size: int | None, fast: bool = False, **others: 
     return Recipe(bits=Recipe.bits if bits is None else bits, size=size, **others)
 
 
+def _budgets(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    try:
+        budgets = [float(part) for part in value.split(",") if part.strip()]
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; give numbers such as 2.25,2.5,3") from error
+    if not budgets:
+        raise click.BadParameter("nothing given; give numbers such as 2.25,2.5,3")
+    return budgets
+
+
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         for option in reversed(options):
@@ -110,8 +120,7 @@ BUDGET = _options(
         "48MiB or a number of bytes. Of ONNX that is model.onnx and model.onnx.data.",
     ),
 )
-RECIPE = _options(
-    BUDGET,
+METHOD = _options(
     click.option("--allocator", type=click.Choice(ALLOCATORS), default=Recipe.allocator, show_default=True),
     click.option(
         "--calibration",
@@ -153,6 +162,7 @@ RECIPE = _options(
     ),
     click.option("--fast", is_flag=True, help="For a first look: less calibration, fewer trials, a short recovery."),
 )
+RECIPE = _options(BUDGET, METHOD)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -260,6 +270,88 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     _print_manifest(manifest, out, as_json)
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the packages and of sweep.json."
+)
+@click.option(
+    "--bits",
+    "budgets",
+    default="2.25,2.5,3,4",
+    show_default=True,
+    callback=_budgets,
+    help="Comma-separated budgets of stored bits per linear weight, all overheads counted.",
+)
+@click.option("--evaluate", "text", type=click.Path(path_type=Path), required=True, help="Text file to score all on.")
+@click.option(
+    "--against",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.gguf",
+    help="Another program's quantization of MODEL to score, too. May be repeated.",
+)
+@METHOD
+@click.option(
+    "--targets", default="container", show_default=True, callback=_split, help="Comma-separated targets to write."
+)
+@TEXT
+@DEVICE
+@THREADS
+@OVERWRITE
+@RESUME
+@MAX_MEMORY
+@TRUST
+@JSON
+def sweep(
+    model: str,
+    out: Path,
+    budgets: list[float],
+    targets: list[str],
+    text: Path,
+    window: int,
+    windows: int,
+    against: tuple[Path, ...],
+    device: str,
+    threads: int | None,
+    overwrite: bool,
+    resume: bool,
+    max_memory: int | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    **recipe: Any,
+) -> None:
+    """Quantize MODEL at several budgets, and show perplexity against file size.
+
+    OUT/2.25 and so on become packages as 'run' makes them, OUT/sweep.json the table. The model is calibrated and the
+    original scored once; allocation, solving and recovery are done for every budget. --resume takes other --bits and
+    --against, too.
+    """
+    with exit_at_once():
+        from mgptq_export import pipeline
+        from mgptq_export.sweep import sweep as sweep_model
+
+    _set_threads(threads)
+    swept = sweep_model(
+        model,
+        out,
+        _recipe(None, None, **recipe),
+        budgets,
+        targets,
+        pipeline.EvaluationText(text, window, windows),
+        against=against,
+        device=device,
+        overwrite=overwrite,
+        resume=resume,
+        max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        click.echo(json.dumps(swept))
+    else:
+        _print_sweep(swept)
 
 
 @cli.command()
@@ -429,6 +521,29 @@ def _kind_lines(target: str, kinds: dict[str, Any]) -> Iterator[str]:
             reasons.setdefault(reason, []).append(fmt)
         for reason, formats in reasons.items():
             yield f"  not {', '.join(formats)}: {reason}"
+
+
+def _print_sweep(swept: dict[str, Any]) -> None:
+    targets = swept["targets"] if len(swept["targets"]) > 1 else []
+    evaluation = swept["evaluation"]
+    measured = f"{evaluation['text']}, {evaluation['windows']} windows of {evaluation['window']} tokens"
+    columns = ("", "stored bits", "MB", *targets, "perplexity", "KL divergence", "top-1 agreement", "minutes", "front")
+    table = Table(*columns, title=f"{escape(swept['name'])} on {escape(measured)}")
+    for row in swept["rows"]:
+        sizes = [row["bytes"], *(row["file_bytes"].get(target) for target in targets)]
+        table.add_row(
+            escape(row["name"]),
+            f"{row['stored_bits']:.4f}",
+            *("" if size is None else f"{size / 1e6:.2f}" for size in sizes),
+            f"{row['perplexity']:.3f}",
+            f"{row['kl_divergence']:.4f}",
+            f"{row['top1_agreement']:.2%}",
+            "" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
+            "*" if row["pareto"] else "",
+        )
+    console = Console()
+    console.print(table)
+    console.print("* on the Pareto front: no other row is as small and has as low a perplexity", highlight=False)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -18,9 +18,12 @@ from mgptq_runtime.errors import BadInputError, MgptqError, OutOfMemoryError, Ou
 from mgptq_runtime.package import MANIFEST_FILE
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
-__all__ = ["MANIFEST_KEYS", "UnfinishedRun", "new_folder", "reason", "unfinished_run"]
+__all__ = ["MANIFEST_KEYS", "SWEEP_FILE", "UnfinishedRun", "new_folder", "reason", "unfinished_run"]
 
 MANIFEST_KEYS = {"name", "bits", "layouts", "targets", "files"}
+SWEEP_FILE = "sweep.json"
+# A folder with one of these files, with such keys, is what this program wrote.
+MARKS = {MANIFEST_FILE: MANIFEST_KEYS, SWEEP_FILE: {"name", "recipe", "evaluation", "rows"}}
 
 
 @dataclass(frozen=True)
@@ -206,11 +209,14 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 def _is_ours(out: Path) -> bool:
     if not out.is_dir():
         return False
+    return any(_has_keys(out / name, keys) for name, keys in MARKS.items()) or not any(out.iterdir())
+
+
+def _has_keys(path: Path, keys: set[str]) -> bool:
     try:
-        manifest = parse_json_object((out / MANIFEST_FILE).read_bytes(), MAX_JSON_BYTES)
+        return parse_json_object(path.read_bytes(), MAX_JSON_BYTES).keys() >= keys
     except (OSError, ValueError):
-        return not any(out.iterdir())
-    return manifest.keys() >= MANIFEST_KEYS
+        return False
 
 
 def _replace_folder(new: Path, out: Path) -> None:
