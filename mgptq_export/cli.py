@@ -524,26 +524,28 @@ def _kind_lines(target: str, kinds: dict[str, Any]) -> Iterator[str]:
 
 
 def _print_sweep(swept: dict[str, Any]) -> None:
-    targets = swept["targets"] if len(swept["targets"]) > 1 else []
     evaluation = swept["evaluation"]
     measured = f"{evaluation['text']}, {evaluation['windows']} windows of {evaluation['window']} tokens"
-    columns = ("", "stored bits", "MB", *targets, "perplexity", "KL divergence", "top-1 agreement", "minutes", "front")
-    table = Table(*columns, title=f"{escape(swept['name'])} on {escape(measured)}")
+    table = Table("", title=f"{escape(swept['name'])} on {escape(measured)}")
+    table.add_column("", overflow="fold")
+    for column in ("stored bits", "MB", "perplexity", "KL", "top-1", "minutes"):
+        table.add_column(column, no_wrap=True)
     for row in swept["rows"]:
-        sizes = [row["bytes"], *(row["file_bytes"].get(target) for target in targets)]
+        several = row["layout"] and len(swept["targets"]) > 1
         table.add_row(
-            escape(row["name"]),
+            "*" if row["pareto"] else "",
+            escape(row["name"]) + (f" {', '.join(row['file_bytes'])}" if several else ""),
             f"{row['stored_bits']:.4f}",
-            *("" if size is None else f"{size / 1e6:.2f}" for size in sizes),
+            f"{row['bytes'] / 1e6:.2f}",
             f"{row['perplexity']:.3f}",
             f"{row['kl_divergence']:.4f}",
             f"{row['top1_agreement']:.2%}",
             "" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
-            "*" if row["pareto"] else "",
         )
     console = Console()
     console.print(table)
     console.print("* on the Pareto front: no other row is as small and has as low a perplexity", highlight=False)
+    console.print("KL: divergence from the original in nats per token; top-1: agreement with it")
 
 
 def _set_threads(threads: int | None) -> None:

@@ -372,7 +372,9 @@ def text_windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
         BadInputError: a text that cannot be used, or a window beyond the model's context.
     """
     if source.tokenizer is None:
-        raise BadInputError(f"{source.source} has no tokenizer, so text cannot be evaluated; leave --evaluate out")
+        raise BadInputError(
+            f"{source.source} has no tokenizer, so it cannot be evaluated; add tokenizer.json, or leave --evaluate out"
+        )
     limit = source.model.config.max_position_embeddings
     if text.window > limit:
         raise BadInputError(f"a window of {text.window} tokens is beyond the model's context of {limit}; see --window")

@@ -133,7 +133,7 @@ def load_source(
         else:
             loaded = _load_hugging_face(path, source, trust_remote_code, memory, advance)
         loaded.memory = memory
-        _check_finite(loaded.model, memory)
+        _check_finite(loaded.model, memory, source)
         loaded.family.prepare(loaded.model)
         memory.release_after_use(loaded.model)
         advance()
@@ -238,10 +238,12 @@ def _looks_like_hub_id(source: str) -> bool:
     return len(parts) == 2 and all(part and not part.startswith(".") for part in parts) and "\\" not in source
 
 
-def _check_finite(model: nn.Module, memory: Memory) -> None:
+def _check_finite(model: nn.Module, memory: Memory, source: str) -> None:
     for name, tensor in model.state_dict().items():
         if not (tensor.amax() < math.inf and tensor.amin() > -math.inf):
-            raise NumericalError(f"weight {name} holds NaN or infinity; the model is damaged, download it again")
+            raise NumericalError(
+                f"{source}: weight {name} holds NaN or infinity; the model is damaged, download it again"
+            )
         memory.release(tensor)
 
 
