@@ -1,10 +1,10 @@
 """The command ``mgptq-export``: thin shells over importable functions."""
 
 import json
-import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mgptq_export import reporting
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.recipe import ALLOCATORS, FAST, Recipe
 from mgptq_export.sizes import format_size, parse_size
@@ -77,6 +78,36 @@ def _count(name: str, least: int, text: str) -> Callable[[Any], Any]:
     """An option for a whole number of the recipe, its default being the recipe's."""
     default = getattr(Recipe, name.removeprefix("--").replace("-", "_"))
     return click.option(name, type=click.IntRange(least), default=default, show_default=True, help=text)
+
+
+def _reporting(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what a command tells while it works; they go next to the function."""
+
+    @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but warnings and errors.")
+    @click.option(
+        "--log-file",
+        type=click.Path(path_type=Path),
+        help="Append everything that happens, with the time, to this file; with --quiet, too.",
+    )
+    @wraps(function)
+    def command(*arguments: Any, quiet: bool, log_file: Path | None, **options: Any) -> None:
+        context = click.get_current_context()
+        inherited = context.parent.params["log_file"] if context.parent else None
+        _check_outside(log_file or inherited, options)
+        if log_file:
+            context.with_resource(reporting.logged_to(log_file))
+        if quiet:
+            context.with_resource(reporting.quiet())
+        function(*arguments, **options)
+
+    return command
+
+
+def _check_outside(log_file: Path | None, options: dict[str, Any]) -> None:
+    """A log in a package would be listed in its manifest, and replaced with it."""
+    for folder in (options.get("out"), options.get("package")):
+        if log_file and folder and log_file.resolve().is_relative_to(folder.resolve()):
+            raise click.UsageError(f"log file {log_file} lies in {folder}, which is a package; put it elsewhere")
 
 
 OUT = click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the package.")
@@ -168,13 +199,13 @@ RECIPE = _options(BUDGET, METHOD)
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mgptq-export")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens inside, on stderr.")
+@_reporting
 def cli(verbose: bool) -> None:
     """Quantize language models below 3 bits, export them to edge devices, and prove the result there.
 
     MODEL is a Hugging Face folder or hub id, or a GGUF file. PACKAGE is a folder written by 'run' or 'quantize'.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("mgptq_export").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    click.get_current_context().with_resource(reporting.log_to_stderr(verbose=verbose))
 
 
 @cli.command()
@@ -191,6 +222,7 @@ def cli(verbose: bool) -> None:
 @MAX_MEMORY
 @TRUST
 @JSON
+@_reporting
 def run(
     model: str,
     out: Path,
@@ -239,6 +271,7 @@ def run(
 @MAX_MEMORY
 @TRUST
 @JSON
+@_reporting
 def quantize(
     model: str,
     out: Path,
@@ -360,6 +393,7 @@ def sweep(
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write a new package. [default: extend PACKAGE]")
 @OVERWRITE
 @JSON
+@_reporting
 def export(package: Path, targets: list[str], out: Path | None, overwrite: bool, as_json: bool) -> None:
     """Export the quantized checkpoint of PACKAGE to targets."""
     with exit_at_once():
@@ -376,6 +410,7 @@ def export(package: Path, targets: list[str], out: Path | None, overwrite: bool,
 @DEVICE
 @THREADS
 @JSON
+@_reporting
 def evaluate(
     package: Path,
     model: str,

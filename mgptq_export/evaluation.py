@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mgptq_runtime.errors import BadInputError, NumericalError
-from mgptq_runtime.progress import track
+from mgptq_runtime.progress import report, stage, track
 
 __all__ = ["Quality", "Scorer", "evaluate", "evaluation_windows", "torch_scorer"]
 
@@ -58,6 +58,7 @@ def torch_scorer(model: Any) -> Scorer:
     return score
 
 
+@stage("evaluate")
 def evaluate(
     windows: torch.Tensor, reference: Scorer, scorers: Mapping[str, Scorer], title: str = "Evaluating"
 ) -> dict[str, Quality]:
@@ -82,7 +83,7 @@ def evaluate(
     last = slice(half - windows.shape[1] - 1, -1)
     scored = windows.shape[0] * (windows.shape[1] - half)
     with track(title, windows.shape[0] * len(names)) as advance:
-        for window in windows:
+        for count, window in enumerate(windows, 1):
             targets = window[half:]
             original = torch.log_softmax(reference(window[None])[last].double(), -1)
             probabilities = original.exp()
@@ -96,6 +97,7 @@ def evaluate(
                 divergences[name] += float((probabilities * (original - predicted)).sum())
                 agreements[name] += int((predicted.argmax(-1) == best).sum())
                 advance()
+            report(f"KL divergence of {names[-1]} {divergences[names[-1]] / (count * len(targets)):.4f}")
     return {
         name: Quality(
             _perplexity(losses[name] / scored, name),

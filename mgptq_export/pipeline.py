@@ -7,6 +7,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ from mgptq_runtime.check import DEFAULT_BOUNDS, check_backend
 from mgptq_runtime.errors import BadInputError, BudgetError, PackageError
 from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
 from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, Package, file_sha256, open_package
-from mgptq_runtime.progress import track
+from mgptq_runtime.progress import stage, stages, track
 from mgptq_runtime.quantized_model import QuantizedModel
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
@@ -145,9 +146,10 @@ def run(
         measuring = None
         if text and windows is not None:
             measuring = partial(measure, text, windows, torch_scorer(source.copy().model))
-        calibration = calibrate(source, recipe, journal)
         written = targets if export_targets else []
-        return make_package(folder, source, calibration, recipes, written, journal, measuring)
+        with stages(["calibrate", *package_stages(recipes, written, measuring is not None, journal)]):
+            calibration = calibrate(source, recipe, journal)
+            return make_package(folder, source, calibration, recipes, written, journal, measuring)
 
 
 def load_original(
@@ -192,6 +194,19 @@ def make_package(
         evaluation = measuring(_scorers(source, solved, folder, targets))
         manifest = complete(folder, solved, targets, manifest["check"]["results"], evaluation)
     return manifest
+
+
+def package_stages(
+    recipes: Mapping[str, Recipe], targets: Sequence[str], evaluated: bool, journal: Journal
+) -> list[str]:
+    """What is to come in :func:`make_package`; layouts are named where there are several."""
+    names = []
+    for layout, recipe in recipes.items():
+        if "model" not in journal.within(layout):
+            of_a_layout = ["allocate", "solve", *(["recover"] if recipe.recovers else [])]
+            names += [f"{name} {layout}" if len(recipes) > 1 else name for name in of_a_layout]
+    checked = any(target_named(target).layout is COLUMNS for target in targets)
+    return names + ["export"] * bool(targets) + ["check"] * checked + ["evaluate"] * evaluated
 
 
 def _layout_recipes(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dict[str, Recipe]:
@@ -412,16 +427,17 @@ def _finished(
     measured = partial(layer_errors, source, working, calibration.held_out[:MEASURED_SEQUENCES])
     errors_solved = journal.once("errors", lambda: Record(facts=measured())).facts
     text = recovery_tokens(source, recipe, calibration.tokens) if recipe.recovers else calibration.tokens
-    recovered = recover(
-        working,
-        source,
-        quantized.model,
-        text,
-        steps=recipe.recovery_steps,
-        minutes=recipe.recovery_minutes,
-        seed=recipe.seed,
-        journal=journal,
-    )
+    with stage("recover") if recipe.recovers else nullcontext():
+        recovered = recover(
+            working,
+            source,
+            quantized.model,
+            text,
+            steps=recipe.recovery_steps,
+            minutes=recipe.recovery_minutes,
+            seed=recipe.seed,
+            journal=journal,
+        )
     arrays, description = pack_model(recovered.model)
     decision = quantized.decision
     history = History(
@@ -484,19 +500,22 @@ def _checked(
     if not any(target_named(target).layout is COLUMNS for target in targets):
         return read_manifest(folder)
     opened, results = open_package(folder), {}
-    for label, name, level in _backends(opened):
-        backend = opened.backend(name, accuracy_level=level, threads=torch.get_num_threads())
-        golden = opened.golden(backend)
-        with track(f"Checking {label}", len(golden.token_ids)) as advance:
-            results[label] = check_backend(backend, golden, opened.bounds(name, level), advance).to_json()
-        for failure in results[label]["failures"]:
-            logger.warning("the check on %s failed: %s", label, failure)
+    with stage("check"):
+        for label, name, level in _backends(opened):
+            backend = opened.backend(name, accuracy_level=level, threads=torch.get_num_threads())
+            golden = opened.golden(backend)
+            with track(f"Checking {label}", len(golden.token_ids)) as advance:
+                results[label] = check_backend(backend, golden, opened.bounds(name, level), advance).to_json()
+            for failure in results[label]["failures"]:
+                logger.warning("the check on %s failed: %s", label, failure)
     return complete(folder, solved, targets, results, evaluation)
 
 
 def _export_into(folder: Path, solved: Sequence[Solved], targets: Sequence[str]) -> None:
+    if not targets:
+        return
     by_layout = {one.layout.name: one for one in solved}
-    with track("Exporting", len(targets)) as advance:
+    with stage("export"), track("Exporting", len(targets)) as advance:
         for name in targets:
             target = target_named(name)
             one = by_layout[target.layout.name]

@@ -29,8 +29,8 @@ from mgptq_export.recipe import Recipe
 from mgptq_export.solver import factorize
 from mgptq_runtime.errors import BudgetError
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, GGML_FORMATS, padded_columns
-from mgptq_runtime.progress import track
-from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel
+from mgptq_runtime.progress import report, stage, track
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, bits_stored
 
 __all__ = [
     "Quantization",
@@ -102,9 +102,12 @@ def quantize(
     def allocate() -> Record:
         return layout.allocate(source, calibration, recipe, attempt).to_record()
 
-    allocated = Allocated.from_record(journal.once("allocation", allocate), source.model.device)
+    with stage("allocate"):
+        allocated = Allocated.from_record(journal.once("allocation", allocate), source.model.device)
     repairs: Repairs = {}
-    model = solve(source, calibration, allocated, recipe, layout, journal=journal, repairs=repairs)
+    with stage("solve"):
+        model = solve(source, calibration, allocated, recipe, layout, journal=journal, repairs=repairs)
+        report(f"{model.bits_stored:.4f} stored bits per weight")
     return Quantization(model, calibration.tokens, allocated.decision, repairs)
 
 
@@ -133,6 +136,7 @@ def _round_up(bits: float) -> float:
     return math.ceil(bits * 100) / 100
 
 
+@stage("calibrate")
 def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL) -> Calibration:
     """Measure the model on calibration text, and put its columns in order of importance.
 
@@ -244,6 +248,7 @@ def solve(
                 record = journal.once(group.name, partial(solved, index, group))
                 groups.append(_replace_group(source, group, record))
                 repairs |= {group.name: record.facts["repairs"]} if record.facts["repairs"] else {}
+            report(f"{bits_stored(groups):.4f} stored bits so far")
             if flow:
                 flow.leave(index)
             source.memory.release_weights(source.layers[index])

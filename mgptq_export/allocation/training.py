@@ -15,7 +15,7 @@ from mgptq_export.allocation.network import AllocatorNetwork, Correction
 from mgptq_export.allocation.problem import Allocation, AllocationProblem
 from mgptq_export.journal import Record
 from mgptq_runtime.errors import NumericalError
-from mgptq_runtime.progress import track
+from mgptq_runtime.progress import report, track
 
 __all__ = ["Trial", "allocate_by_gnn"]
 
@@ -100,18 +100,24 @@ def allocate_by_gnn(
     choice = cheapest_within(costs, sizes, problem.budget)
     if trials < 2 or int(sizes.max(1).values.sum()) <= problem.budget:  # nothing competes, or nothing is to be learnt
         return Decision(problem.allocation(choice), losses_of_linears(problem, choice, costs, costs))
-    trial = attempt(problem.allocation(choice))
-    predictor = _Predictor(problem, costs, sizes, choice, trial, seed)
-    tried = [_Tried(choice, predictor.costs, trial)]
-    while len(tried) < trials:
-        logger.debug("trial %d: KL divergence %.4f", len(tried), tried[-1].trial.divergence)
-        corrected = predictor.learn(tried, steps)
-        choice = cheapest_within(corrected, sizes, problem.budget)
-        if any(torch.equal(choice, known.choice) for known in tried):
-            break
-        tried.append(_Tried(choice, corrected, attempt(problem.allocation(choice))))
-    best = min(tried, key=lambda one: one.trial.divergence)
+    with track("Trials", trials) as advance:
+        trial = attempt(problem.allocation(choice))
+        predictor = _Predictor(problem, costs, sizes, choice, trial, seed)
+        tried = [_Tried(choice, predictor.costs, trial)]
+        while True:
+            best = min(tried, key=lambda one: one.trial.divergence)
+            report(f"KL divergence {tried[-1].trial.divergence:.4f}, best {best.trial.divergence:.4f}")
+            advance()
+            if len(tried) == trials:
+                break
+            logger.debug("trial %d: KL divergence %.4f", len(tried), tried[-1].trial.divergence)
+            corrected = predictor.learn(tried, steps)
+            choice = cheapest_within(corrected, sizes, problem.budget)
+            if any(torch.equal(choice, known.choice) for known in tried):
+                break
+            tried.append(_Tried(choice, corrected, attempt(problem.allocation(choice))))
     logger.debug("the best trial's KL divergence: %.4f", best.trial.divergence)
+    report(f"KL divergence {best.trial.divergence:.4f} in the best trial of {len(tried)}")
     return Decision(
         problem.allocation(best.choice),
         losses_of_linears(problem, best.choice, predictor.costs, best.costs, best.trial.losses),

@@ -5,6 +5,7 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
+from statistics import mean
 
 import torch
 
@@ -15,7 +16,7 @@ from mgptq_export.recovery.optimizer import RelativeAdam, cosine
 from mgptq_export.recovery.student import Student, trainable
 from mgptq_export.recovery.teacher import Teacher
 from mgptq_runtime.errors import NumericalError
-from mgptq_runtime.progress import track
+from mgptq_runtime.progress import report, track
 from mgptq_runtime.quantized_model import QuantizedModel
 
 __all__ = ["Recovered", "recover"]
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 WARM_UP_SHARE = 0.05
 CHECKED_BATCHES = 4
 KEPT_EVERY = 10
+# Whose mean loss is shown on the way.
+SHOWN_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def recover(
         student.round()
         after = losses.mean(checked)
         logger.debug("recovery: KL divergence %.4f before, %.4f after", before, after)
+        report(f"KL divergence {before:.4f} before, {after:.4f} after")
         result = student.result() if after < before else quantized
     if result is quantized:
         logger.warning("recovery did not lower the loss (%.4f before, %.4f after); nothing was changed", before, after)
@@ -178,6 +182,7 @@ def _train(
             optimizer.step(learning_rate * cosine(step, steps, warm_up))
             divergences.append(loss.item())
             logger.debug("recovery step %d: KL divergence %.4f", step, loss.item())
+            report(f"KL divergence {mean(divergences[-SHOWN_STEPS:]):.4f}")
             if (step + 1) % KEPT_EVERY == 0:
                 journal.put("recovery", Record(optimizer.state(), divergences))
             advance()

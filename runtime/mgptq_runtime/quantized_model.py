@@ -4,14 +4,14 @@ Names are llama.cpp's without suffix, the same for every family: ``token_embd``,
 Weights of q and k keep the Hugging Face row order (rotary halves, not llama.cpp's interleaved order).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from mgptq_runtime.formats import FORMATS, GGML_FORMATS, format_named, padded_columns
 
-__all__ = ["InputGroup", "QuantizedLinear", "QuantizedModel", "Segment", "permutation_dtype"]
+__all__ = ["InputGroup", "QuantizedLinear", "QuantizedModel", "Segment", "bits_stored", "permutation_dtype"]
 
 
 def permutation_dtype(columns: int) -> np.dtype:
@@ -107,6 +107,13 @@ class InputGroup:
         return self.permutation.size * permutation_dtype(self.permutation.size).itemsize
 
 
+def bits_stored(groups: Sequence[InputGroup]) -> float:
+    """Stored bits per linear weight of some groups: codes, scales, padding and permutations."""
+    linears = [linear for group in groups for linear in group.linears]
+    size = sum(linear.stored_bytes for linear in linears) + sum(group.permutation_bytes for group in groups)
+    return size * 8 / sum(linear.rows * linear.columns for linear in linears)
+
+
 @dataclass(frozen=True)
 class QuantizedModel:
     """A whole quantized model.
@@ -151,6 +158,4 @@ class QuantizedModel:
     @property
     def bits_stored(self) -> float:
         """Stored bits per linear weight: codes, scales, padding and permutations."""
-        size = sum(linear.stored_bytes for linear in self.linears())
-        size += sum(group.permutation_bytes for group in self.groups)
-        return size * 8 / self.linear_weights
+        return bits_stored(self.groups)

@@ -2,14 +2,19 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-__all__ = ["exit_at_once", "exit_on_signals", "ignore_signals"]
+__all__ = ["exit_at_once", "exit_on_signals", "ignore_signals", "released_on_the_way_out"]
 
 # Windows has no SIGHUP.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+MESSAGE = b"interrupted\n"
+
+
+class _Interrupted(SystemExit):
+    """A signal that has not been told of yet."""
 
 
 def exit_on_signals() -> None:
@@ -39,6 +44,30 @@ def exit_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def released_on_the_way_out(release: Callable[[], None]) -> Iterator[None]:
+    """Call ``release`` when the block ends, whatever happens, and only then tell of the signal that ended it.
+
+    For what has the terminal to itself: a message in its midst would be lost, and so would be what it leaves there.
+    """
+    ours = [number for number in SIGNALS if signal.getsignal(number) is _exit]
+    try:
+        try:
+            for number in ours:
+                signal.signal(number, _exit_silently)
+            yield
+        finally:
+            for number in ours:  # a second Ctrl-C would hit the release itself
+                signal.signal(number, signal.SIG_IGN)
+            release()
+    except _Interrupted:
+        os.write(2, MESSAGE)
+        raise
+    finally:
+        for number in ours:
+            signal.signal(number, _exit)
+
+
 def ignore_signals() -> None:
     """Let nothing disturb Python on its way out, once everything is cleaned up."""
     for number in SIGNALS:
@@ -47,10 +76,14 @@ def ignore_signals() -> None:
 
 def _exit(signum: int, frame: object) -> NoReturn:
     # Not KeyboardInterrupt: it kills Python by SIGINT when it strikes inside exec(), even where it is caught.
-    os.write(2, b"interrupted\n")
+    os.write(2, MESSAGE)
     raise SystemExit(128 + signum)
 
 
+def _exit_silently(signum: int, frame: object) -> NoReturn:
+    raise _Interrupted(128 + signum)
+
+
 def _exit_at_once(signum: int, frame: object) -> NoReturn:
-    os.write(2, b"interrupted\n")
+    os.write(2, MESSAGE)
     os._exit(128 + signum)
