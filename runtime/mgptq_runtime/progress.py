@@ -54,12 +54,14 @@ def stages(names: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Do the next planned stage of that name, or one that nobody has planned."""
+    """Do the next planned stage of that name, or one that nobody has planned.
+
+    It is shown once there is work in it: an input that is refused at its beginning gets its message and no more.
+    """
     with _shown() as view:
         before, one = view.current, view.coming(name)
         one.started, view.current = time.monotonic(), one
         logger.info("%s begins", one.name)
-        view.begun(one)
         try:
             yield
         except BaseException as error:
@@ -68,6 +70,7 @@ def stage(name: str) -> Iterator[None]:
             raise
         else:
             logger.info(one.summary())
+            view.announce()
             view.ended(one)
         finally:
             one.ended, view.current = time.monotonic(), before
@@ -83,6 +86,7 @@ def track(description: str, total: int) -> Iterator[Advance]:
     with _shown() as view:
         task = _Task(description, total)
         view.tasks.append(task)
+        view.announce()
 
         def advance() -> None:
             task.done, task.advanced = task.done + 1, time.monotonic()
@@ -105,6 +109,7 @@ def report(figure: str) -> None:
         logger.debug("%s: %s", (view.tasks[-1].description if view.tasks else view.current.name), figure)
         if len(view.tasks) <= 1:
             view.current.figure = figure
+            view.announce()
 
 
 @contextmanager
@@ -119,12 +124,14 @@ class _Stage:
     """Attributes:
     started, ended: on the monotonic clock; None where it has not come to that.
     stopped: whether it ended by an error or an interrupt.
+    announced: whether it has been shown that it began.
     """
 
     name: str
     started: float | None = None
     ended: float | None = None
     stopped: bool = False
+    announced: bool = False
     figure: str = ""
 
     @property
@@ -169,6 +176,12 @@ class _View:
                 return one
         self.stages.append(_Stage(name))
         return self.stages[-1]
+
+    def announce(self) -> None:
+        """Show that the current stage has begun, where it has not been shown."""
+        if self.current and not self.current.announced:
+            self.current.announced = True
+            self.begun(self.current)
 
     def begun(self, one: _Stage) -> None:
         """A stage has begun."""

@@ -151,15 +151,15 @@ def test_a_warning_comes_above_the_view(locale):
     script = (
         "import logging\n"
         "from mgptq_export.reporting import log_to_stderr\n"
-        "from mgptq_runtime.progress import stage\n"
-        "with log_to_stderr(verbose=False), stage('calibrate'):\n"
+        "from mgptq_runtime.progress import stage, track\n"
+        "with log_to_stderr(verbose=False), stage('calibrate'), track('Measuring', 2):\n"
         "    logging.getLogger('mgptq_export.calibration').warning('few sequences')\n"
         "    logging.getLogger('mgptq_export.calibration').debug('a detail')\n"
     )
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LC_ALL": locale}
     with open_terminal() as terminal:
         subprocess.run([sys.executable, "-c", script], stderr=terminal.descriptor, env=environment, check=True)
-    assert re.search(r"\nWARNING: few sequences\ncalibrate", terminal.text) and "a detail" not in terminal.text
+    assert re.search(r"\nWARNING: few sequences *\ncalibrate", terminal.text) and "a detail" not in terminal.text
 
 
 @pytest.mark.slow

@@ -87,6 +87,21 @@ def test_a_stage_that_fails_is_shown_as_stopped_and_the_terminal_is_left_in_orde
     assert terminal.written.rindex(SHOW_CURSOR) > terminal.written.rindex(HIDE_CURSOR)
 
 
+@pytest.mark.parametrize("display", ["terminal", "lines"])
+def test_an_input_that_a_stage_refuses_at_once_gets_its_message_alone(monkeypatch, capsys, display):
+    def refuse() -> None:
+        with pytest.raises(ValueError), stages(["calibrate", "solve"]), stage("calibrate"):
+            raise ValueError
+
+    if display == "lines":
+        refuse()
+        assert capsys.readouterr() == ("", "")
+    else:
+        with on_terminal(monkeypatch) as terminal:
+            refuse()
+        assert terminal.written == ""
+
+
 def test_only_the_outermost_steps_say_what_a_stage_has_come_to(monkeypatch):
     with on_terminal(monkeypatch) as terminal, stage("calibrate"), track("Trials", 2):
         report("KL divergence 0.9")
@@ -97,7 +112,7 @@ def test_only_the_outermost_steps_say_what_a_stage_has_come_to(monkeypatch):
 
 
 def test_a_warning_comes_above_the_view(monkeypatch):
-    with on_terminal(monkeypatch) as terminal, stage("calibrate"):
+    with on_terminal(monkeypatch) as terminal, stage("calibrate"), track("Measuring", 2):
         print("WARNING: few sequences", file=sys.stderr)
         terminal.waits_for(r"WARNING: few sequences *\ncalibrate")
 
