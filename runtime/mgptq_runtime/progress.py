@@ -246,13 +246,22 @@ class _LiveView(_View):
         width = max((len(one.name) for one in self.stages), default=0)
         bars = Padding(self._bars(), (0, 0, 0, 2 if self.current else 0))
         parts: list[RenderableType] = [bars] if self.tasks and not self.current else []
-        for one in list(self.stages):
+        for one in self._stages_in_sight():
             parts.append(_stage_line(one, width, one is self.current))
             if self.tasks and one is self.current:
                 parts.append(bars)
         elapsed = _duration(time.monotonic() - self._opened)
         memory = decimal(self._process.memory_info().rss)
         return Group(*parts, Text(f"{elapsed} elapsed, {memory} of memory", style="dim"))
+
+    def _stages_in_sight(self) -> list[_Stage]:
+        """All of them, or on a low terminal the current one and what is next; in the end all again."""
+        current = self.current
+        if current is None:
+            return list(self.stages)
+        room = max(1, self._live.console.height - len(self.tasks) - 1)
+        first = min(self.stages.index(current), max(0, len(self.stages) - room))
+        return self.stages[first : first + room]
 
     def _bars(self) -> Table:
         grid = Table.grid(padding=(0, 2))

@@ -74,6 +74,18 @@ def test_the_list_of_stages_stays_with_what_they_came_to(monkeypatch):
     ]
 
 
+def test_a_low_terminal_shows_what_is_being_done_and_in_the_end_everything(monkeypatch):
+    names = ["calibrate", "allocate", "solve", "recover", "export"]
+    with on_terminal(monkeypatch) as terminal:
+        monkeypatch.setenv("LINES", "4")
+        with stages(names):
+            for name in names:
+                with stage(name), track("Steps", 9):
+                    if name == "solve":
+                        terminal.waits_for(r"\nsolve +0:00:0\d *\n  Steps +\S+ +0/9 *\nrecover *\n0:00:0\d elapsed")
+    assert [line.split()[0] for line in last_list(terminal)[:-1]] == names
+
+
 def test_a_stage_that_fails_is_shown_as_stopped_and_the_terminal_is_left_in_order(monkeypatch):
     with (
         on_terminal(monkeypatch) as terminal,
