@@ -458,6 +458,59 @@ def inspect(package: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), help="Text file to measure the perplexity of both on.")
+@TEXT
+@click.option(
+    "--prompt", "prompts", multiple=True, help="Text that both continue; repeatable. [default: three short ones]"
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(0),
+    default=48,
+    show_default=True,
+    help="Tokens to continue each prompt by, at most; 0 leaves it out.",
+)
+@THREADS
+@JSON
+def compare(
+    a: Path,
+    b: Path,
+    text: Path | None,
+    window: int,
+    windows: int,
+    prompts: tuple[str, ...],
+    tokens: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Show two packages side by side: sizes, recipes, allocations, quality, and the first token that differs.
+
+    Perplexity and texts are computed as on the device: on ONNX Runtime where A and B have it, else on NumPy. What
+    cannot be compared is named with its reason, and everything else is compared.
+    """
+    with exit_at_once():
+        from mgptq_export import comparison, pipeline
+        from mgptq_export.comparison_tables import comparison_tables
+
+    _set_threads(threads)
+    found = comparison.compare_packages(
+        a,
+        b,
+        text=pipeline.EvaluationText(text, window, windows) if text else None,
+        prompts=prompts or comparison.PROMPTS,
+        tokens=tokens,
+    )
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    console = Console(highlight=False)
+    for part in comparison_tables(found):
+        console.print(part)
+
+
+@cli.command()
 @click.argument("package", type=click.Path(path_type=Path))
 @JSON
 def verify(package: Path, as_json: bool) -> None:

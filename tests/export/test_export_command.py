@@ -19,7 +19,7 @@ from mgptq_runtime.errors import MgptqError
 from mgptq_runtime.package import open_package
 
 QUICK = ("--samples", 2, "--sequence-length", 32, "--allocator", "hessian", "--recovery-steps", 0, "--threads", 1)
-COMMANDS = ("run", "sweep", "quantize", "export", "eval", "inspect", "plan")
+COMMANDS = ("run", "sweep", "quantize", "export", "eval", "inspect", "compare", "push", "plan")
 
 
 def invoke(*arguments: object) -> Result:
