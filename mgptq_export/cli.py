@@ -338,6 +338,7 @@ def quantize(
 @MAX_MEMORY
 @TRUST
 @JSON
+@_reporting
 def sweep(
     model: str,
     out: Path,
@@ -474,6 +475,7 @@ def inspect(package: Path, as_json: bool) -> None:
 )
 @THREADS
 @JSON
+@_reporting
 def compare(
     a: Path,
     b: Path,
@@ -534,6 +536,7 @@ def verify(package: Path, as_json: bool) -> None:
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Where the repository is new, only you see it.")
 @JSON
+@_reporting
 def push(package: Path, repository: str, private: bool, as_json: bool) -> None:
     """Upload PACKAGE to the Hugging Face hub; log in first with 'hf auth login'."""
     with exit_at_once():

@@ -44,7 +44,7 @@ from mgptq_runtime.check import DEFAULT_BOUNDS, check_backend
 from mgptq_runtime.errors import BadInputError, BudgetError, PackageError
 from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
 from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, Package, file_sha256, open_package
-from mgptq_runtime.progress import stage, stages, track
+from mgptq_runtime.progress import report, stage, stages, track
 from mgptq_runtime.quantized_model import QuantizedModel
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
@@ -508,6 +508,7 @@ def _checked(
                 results[label] = check_backend(backend, golden, opened.bounds(name, level), advance).to_json()
             for failure in results[label]["failures"]:
                 logger.warning("the check on %s failed: %s", label, failure)
+        report(f"{sum(result['passed'] for result in results.values())} of {len(results)} passed")
     return complete(folder, solved, targets, results, evaluation)
 
 

@@ -46,7 +46,7 @@ def test_a_run_tells_its_stages_and_what_they_came_to(even_model, text_file, tmp
     ]
     wanted = [("calibrate", "")]
     wanted += [(name.format(layout), figure) for layout in ("columns", "tensors") for name, figure in of_a_layout]
-    wanted += [("export", ""), ("evaluate", ", KL divergence of numpy #")]
+    wanted += [("export", ""), ("check", ", 1 of 1 passed"), ("evaluate", ", KL divergence of numpy #")]
     assert [line for line in shown(err) if not line.startswith("WARNING")] == [
         line
         for number, (name, figure) in enumerate(wanted, 1)
@@ -64,10 +64,12 @@ def test_stages_that_a_stopped_run_has_finished_are_not_announced_again(even_mod
     capsys.readouterr()
     pipeline.run(str(even_model), tmp_path / "out", RECIPE, ["container"], resume=True)
     assert shown(capsys.readouterr().err) == [
-        "stage 1 of 2: calibrate",
+        "stage 1 of 3: calibrate",
         "calibrate: # s",
-        "stage 2 of 2: export",
+        "stage 2 of 3: export",
         "export: # s",
+        "stage 3 of 3: check",
+        "check: # s, 1 of 1 passed",
     ]
 
 
@@ -77,7 +79,7 @@ def test_a_quiet_run_says_nothing_and_its_json_is_the_same(even_model, tmp_path,
     loud = invoke("run", even_model, "-o", tmp_path / "loud", *QUICK, "--json")
     quiet = invoke(*before, "run", even_model, "-o", tmp_path / "quiet", *QUICK, "--json", *after)
     assert (loud.exit_code, quiet.exit_code) == (0, 0)
-    assert "stage 1 of 4: calibrate" in loud.stderr and quiet.stderr == ""
+    assert "stage 1 of 5: calibrate" in loud.stderr and quiet.stderr == ""
     assert json.loads(loud.stdout) == json.loads(quiet.stdout)
     assert loud.stdout.count("\n") == quiet.stdout.count("\n") == 1
 

@@ -29,6 +29,11 @@ SINGLE = torch.float32
 LENGTH = 48
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
 @dataclass(frozen=True)
 class Case:
     """A quantized tiny model; ``folder`` holds the original."""
