@@ -23,6 +23,7 @@ from mgptq_export.models.gguf_file import read_gguf_file
 from mgptq_export.output import SWEEP_FILE, unfinished_run
 from mgptq_export.quantize import calibrate, calibration_set, check_budget
 from mgptq_export.recipe import Recipe
+from mgptq_export.report import SWEEP_PAGE, sweep_page
 from mgptq_export.targets import target_named
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.package import file_sha256
@@ -60,7 +61,7 @@ def sweep(
     is not done again.
 
     Args:
-        out: the folder of the packages and of ``sweep.json``.
+        out: the folder of the packages, of ``sweep.json`` and of its picture, ``sweep.html``.
         recipe: its bits and size do not matter.
         budgets: stored bits per linear weight, at least one.
         text: what to evaluate on.
@@ -122,6 +123,7 @@ def sweep(
             "rows": _with_front(rows),
         }
         (folder / SWEEP_FILE).write_text(json.dumps(swept, indent=2) + "\n")
+        (folder / SWEEP_PAGE).write_text(sweep_page(swept))
         return swept
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "Spec",
     "allocation_chart",
     "bytes_chart",
+    "front_chart",
     "layer_error_chart",
     "quality_chart",
     "recovery_chart",
@@ -157,6 +158,57 @@ def layer_error_chart(content: PackageContent) -> Spec:
         for layer, error in enumerate(errors)
     ]
     return _lines(rows, "layer", "layer", "error", "relative error of the layer's output", "model", ".2%")
+
+
+def front_chart(rows: Sequence[Mapping[str, Any]]) -> Spec:
+    """Perplexity against size, of everything that a sweep has measured."""
+    fields = ("name", "stored_bits", "bytes", "perplexity", "kl_divergence", "top1_agreement", "pareto")
+    kinds = {"quantized": "quantized here", "original": "the original, float16", "against": "other programs"}
+    points = [{name: row[name] for name in fields} | {"kind": kinds[row["kind"]]} for row in rows]
+    for point, row in zip(points, rows, strict=True):
+        point["series"] = f"{point['kind']}, {row['layout']} layout" if row["layout"] else point["kind"]
+    spec = _spec(points)
+    logarithmic = {"type": "log", "nice": False, "padding": 24}
+    encoding = {
+        "x": {"field": "megabytes", "type": "quantitative", "title": "MB", "scale": logarithmic},
+        "y": {"field": "perplexity", "type": "quantitative", "title": "perplexity", "scale": logarithmic},
+    }
+    series = list(dict.fromkeys(point["series"] for point in points))
+    by_series = {
+        "field": "series",
+        "type": "nominal",
+        "scale": {"domain": series},
+        "legend": {"title": None, "orient": "top", "columns": 1},
+    }
+    filled = {"test": "datum.pareto", **by_series}
+    point = {
+        "mark": {"type": "point", "size": 110, "opacity": 1},
+        "encoding": {
+            **encoding,
+            "color": by_series,
+            "shape": by_series,
+            "fill": {"condition": filled, "value": "transparent"},
+            "tooltip": [
+                {"field": "name", "title": "model"},
+                {"field": "stored_bits", "title": "stored bits", "format": ".4f"},
+                {"field": "bytes", "format": ","},
+                {"field": "perplexity", "format": ".3f"},
+                {"field": "kl_divergence", "title": "KL divergence, nats", "format": ".4f"},
+                {"field": "top1_agreement", "title": "same most likely token", "format": ".2%"},
+            ],
+        },
+    }
+    names = {"mark": {"type": "text", "dy": -13}, "encoding": {**encoding, "text": {"field": "name"}}}
+    line = {
+        "transform": [{"filter": "datum.kind === 'quantized here'"}],
+        "mark": {"type": "line", "opacity": 0.5},
+        "encoding": {**encoding, "color": by_series},
+    }
+    return spec | {
+        "height": 380,
+        "transform": [{"calculate": "datum.bytes / 1e6", "as": "megabytes"}],
+        "layer": [line, point, names],
+    }
 
 
 def trials_chart(divergences: Sequence[float]) -> Spec:

@@ -15,6 +15,7 @@ function config(isDark) {
     legend: { labelColor: ink, titleColor: ink, labelLimit: 260 },
     range: { category: OKABE_ITO, ordinal: { scheme: "cividis", extent: [0.95, 0.05] } },
     bar: { color: OKABE_ITO[0] },
+    text: { color: ink },
   };
 }
 

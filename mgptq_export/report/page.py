@@ -1,4 +1,4 @@
-"""``report.html``: one page that needs no network, made from the run's own records."""
+"""``report.html`` and ``sweep.html``: pages that need no network, made from the run's own records."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from mgptq_export.report.charts import (
     Spec,
     allocation_chart,
     bytes_chart,
+    front_chart,
     layer_error_chart,
     quality_chart,
     recovery_chart,
@@ -23,9 +24,9 @@ from mgptq_export.report.content import PackageContent
 from mgptq_export.report.facts import float16_bytes, model_bytes, verdict
 from mgptq_export.targets import target_named
 
-__all__ = ["REPORT_FILE", "report_page"]
+__all__ = ["REPORT_FILE", "SWEEP_PAGE", "report_page", "sweep_page"]
 
-REPORT_FILE = "report.html"
+REPORT_FILE, SWEEP_PAGE = "report.html", "sweep.html"
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,37 @@ def report_page(manifest: Mapping[str, Any], contents: Sequence[PackageContent])
     Returns:
         HTML. All that comes from a model's own files is escaped.
     """
-    figures = list(_figures(manifest, contents))
-    template = _environment().get_template("page.html.j2")
-    charts = {figure.id: figure.spec for figure in figures}
-    return template.render(
+    return _rendered(
+        "package.html.j2",
+        list(_figures(manifest, contents)),
         manifest=manifest,
         verdict=verdict(manifest),
         float16_bytes=float16_bytes(contents[0].checkpoint.model),
         model_bytes=model_bytes(manifest),
         warnings=list(_warnings(manifest)),
-        figures=figures,
-        charts=Markup(_inline_json(charts)),
-        script=Markup(_script()),
+    )
+
+
+def sweep_page(swept: Mapping[str, Any]) -> str:
+    """The page of a sweep, HTML: perplexity against size.
+
+    Args:
+        swept: see :func:`mgptq_export.sweep.sweep`.
+    """
+    figure = Figure(
+        "front",
+        "What bytes buy",
+        "Every point is a model, further left smaller and further down better; filled ones are on the Pareto front. "
+        "The line leads along the budgets of this sweep.",
+        front_chart(swept["rows"]),
+    )
+    return _rendered("sweep.html.j2", [figure], swept=swept)
+
+
+def _rendered(template: str, figures: Sequence[Figure], **values: Any) -> str:
+    charts = Markup(_inline_json({figure.id: figure.spec for figure in figures}))
+    return (
+        _environment().get_template(template).render(figures=figures, charts=charts, script=Markup(_script()), **values)
     )
 
 

@@ -18,6 +18,7 @@ from mgptq_export import cli as command
 from mgptq_export import hub, pipeline
 from mgptq_export.history import History
 from mgptq_export.recipe import FAST, Recipe
+from mgptq_export.report import sweep_page
 from mgptq_export.report.card import recipe_options
 from mgptq_runtime.errors import BadInputError, PackageError
 
@@ -138,6 +139,46 @@ def test_a_model_cannot_put_markup_into_the_report(browser, even_model, tmp_path
     page, noted = opened(browser, tmp_path / "out")
     assert len(noted) == 1 and page.locator("img").count() == 0
     assert hostile.name in page.locator("h1").inner_text()
+
+
+def sweep_row(
+    name: str, kind: str, layout: str | None, size: int, perplexity: float, pareto: bool
+) -> dict[str, object]:
+    quality = {"perplexity": perplexity, "kl_divergence": 0.5, "top1_agreement": 0.6, "pareto": pareto}
+    files = {"container" if layout else "gguf": size}
+    return {
+        "name": name,
+        "kind": kind,
+        "layout": layout,
+        "stored_bits": 2.5,
+        "file_bytes": files,
+        "bytes": size,
+        **quality,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_picture_of_a_sweep_has_a_point_for_every_row(browser, tmp_path, width):
+    rows = [
+        sweep_row("original", "original", None, 269_000_000, 21.1, True),
+        sweep_row("3", "quantized", "columns", 58_000_000, 30.4, True),
+        sweep_row("2.5", "quantized", "columns", 52_000_000, 41.1, True),
+        sweep_row("2.5", "quantized", "tensors", 51_000_000, 46.1, True),
+        sweep_row("<b>.gguf", "against", None, 91_000_000, 50.0, False),
+    ]
+    evaluation = {"text": "text.txt", "windows": 2, "window": 64}
+    page_file = tmp_path / "report.html"
+    page_file.write_text(sweep_page({"name": "model", "rows": rows, "evaluation": evaluation}))
+    page, noted = opened(browser, tmp_path, viewport={"width": width, "height": 900})
+    assert noted == [page_file.as_uri()]
+    points = page.locator("#front .mark-symbol.role-mark path")
+    labels = [point.get_attribute("aria-label") or "" for point in points.all()]
+    assert len(labels) == len(rows)
+    for row, label in zip(rows, labels, strict=True):
+        assert f"perplexity: {row['perplexity']:g}" in label
+    assert page.locator("[aria-label='The table'] tbody tr").count() == len(rows)
+    assert page.locator("#front .role-mark text", has_text="<b>.gguf").count() == 1
 
 
 def test_the_report_is_one_small_file_and_listed_in_the_manifest(package):

@@ -287,7 +287,7 @@ def test_a_sweep_is_replaced_only_when_asked(even_model, swept, text, tmp_path):
     with pytest.raises(OutputExistsError, match="--overwrite"):
         sweep(str(even_model), out, recipe, [3.0], ["container"], text)
     sweep(str(even_model), out, recipe, [3.0], ["container"], text, overwrite=True)
-    assert {path.name for path in out.iterdir()} == {"3", "sweep.json"}
+    assert {path.name for path in out.iterdir()} == {"3", "sweep.html", "sweep.json"}
     (out / "sweep.json").write_text("{}")
     with pytest.raises(OutputExistsError, match="not a folder that this program wrote"):
         sweep(str(even_model), out, recipe, [3.0], ["container"], text, overwrite=True)
