@@ -57,7 +57,7 @@ def report(manifest: dict[str, Any], checks: dict[str, Any], answer: str, source
         console.print(table)
     console.print(f"Stored bits per weight: {manifest['bits']['stored']:.4f}, asked {manifest['bits']['requested']}")
     console.print(f"{PROMPT} {answer.strip()}", markup=False)
-    console.print(f"Package: {OUT}, made in {seconds / 60:.1f} minutes")
+    console.print(f"Package: {OUT}, made in {seconds / 60:.1f} minutes; open {OUT / 'report.html'} to look at it")
 
 
 def main() -> None:

@@ -88,6 +88,11 @@ SETTINGS_CASES: dict[str, Case] = {
     ),
     "template that is no UTF-8": (write("chat_template.jinja", b"\xff"), BadInputError, "chat_template.jinja cannot"),
     "template linked from elsewhere": (link_out("chat_template.jinja"), BadInputError, "chat_template.jinja is a link"),
+    "model card linked from elsewhere": (
+        lambda folder: (folder / "README.md").symlink_to("/etc/passwd"),
+        BadInputError,
+        "README.md is a link",
+    ),
     "link to itself": (
         lambda folder: (folder / "x.json").symlink_to(folder / "x.json"),
         BadInputError,
