@@ -1,18 +1,17 @@
 """The programs of docs/shipping.md run as they are printed."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
+from pages import blocks, page
 
 from mgptq_export import pipeline
 from mgptq_export.recipe import Recipe
 
-PAGE = Path(__file__).parents[2] / "docs" / "shipping.md"
-PROGRAMS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+PROGRAMS = blocks(page("docs/shipping.md"), "python")
 RECIPE = Recipe(bits=4.5, allocator="uniform", samples=2, sequence_length=32, sensitivity_samples=1, recovery_steps=0)
 
 
