@@ -172,7 +172,6 @@ METHOD = _options(
     ),
     GGML_TYPES,
     _count("--trials", 1, "Quantizations of the whole model that the gnn allocator learns from."),
-    _count("--trial-recovery-steps", 0, "Steps of recovery in every trial, where the model will be recovered."),
     click.option(
         "--drift-correction",
         type=click.FloatRange(0, 1),

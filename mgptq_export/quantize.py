@@ -26,7 +26,6 @@ from mgptq_export.journal import FORGETFUL, Journal, Record
 from mgptq_export.layouts import COLUMNS, Allocated, Calibration, Layout
 from mgptq_export.models import SourceModel, load_dequantized
 from mgptq_export.recipe import Recipe
-from mgptq_export.recovery import recover
 from mgptq_export.solver import factorize
 from mgptq_runtime.errors import BudgetError
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, GGML_FORMATS, padded_columns
@@ -45,8 +44,6 @@ __all__ = [
 ]
 
 HELD_OUT_ONE_IN = 8
-# A few steps have to go far.
-TRIAL_LEARNING_RATE = 0.01
 # Relative to the mean of a Hessian's diagonal: with less, weights follow what only the calibration text shows.
 DRIFT_DAMPING = 0.1
 # With fewer tokens for every column of a linear, less of the drift is made up for.
@@ -117,12 +114,9 @@ def quantize(
 def _attempt(
     source: SourceModel, calibration: Calibration, recipe: Recipe, layout: Layout, allocated: Allocated
 ) -> Trial:
-    """Quantize a copy of the model as told, recover it a little, and measure it on text that was used for neither."""
+    """Quantize a copy of the model as told, and measure it on text that its calibration has not seen."""
     working = source.copy()
-    model = solve(working, calibration, allocated, recipe, layout, propagate=False)
-    if recipe.recovers:
-        steps, text = recipe.trial_recovery_steps, calibration.seen
-        recover(working, source, model, text, steps=steps, learning_rate=TRIAL_LEARNING_RATE, seed=recipe.seed)
+    solve(working, calibration, allocated, recipe, layout, propagate=False)
     attribution = attribute(source, working, calibration.held_out)
     return Trial(attribution.divergence, attribution.losses)
 
@@ -165,8 +159,7 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
     for index, layer in enumerate(source.layers):
         _renumber_intermediate(source, layer, index, groups, orders)
         source.memory.release_weights(layer)
-    seen, unseen = (tokens[held_out:], tokens[:held_out]) if held_out else (tokens, tokens)
-    return Calibration(tokens, seen, unseen, replace(renumbered, groups=groups), orders)
+    return Calibration(tokens, tokens[:held_out] if held_out else tokens, replace(renumbered, groups=groups), orders)
 
 
 def calibration_set(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL) -> torch.Tensor:

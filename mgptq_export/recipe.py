@@ -16,7 +16,6 @@ FAST: dict[str, Any] = {
     "own_samples": 0,
     "drift_correction": 0.0,
     "trials": 2,
-    "trial_recovery_steps": 0,
     "training_steps": 40,
     "recovery_steps": 15,
 }
@@ -41,8 +40,6 @@ class Recipe:
         less where the text is short.
     seed: of everything random.
     trials: quantizations of the whole model that the allocator network learns from.
-    trial_recovery_steps: of recovery in every trial, where the model will be recovered: bits shall go where that does
-        not help.
     training_steps: of the network, after every trial but the last.
     recovery_steps: of training scales, norms and biases end to end on the calibration text, the codes being fixed.
     recovery_minutes: as long, instead of so many steps; what a package records is the steps that were taken.
@@ -63,7 +60,6 @@ class Recipe:
     drift_correction: float = 0.5
     seed: int = 0
     trials: int = 5
-    trial_recovery_steps: int = 10
     training_steps: int = 60
     recovery_steps: int = 150
     recovery_minutes: float | None = None
@@ -79,7 +75,7 @@ class Recipe:
         for name in ("samples", "sequence_length", "sensitivity_samples", "trials"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}, must be at least 1")
-        for name in ("own_samples", "trial_recovery_steps", "recovery_steps"):
+        for name in ("own_samples", "recovery_steps"):
             if getattr(self, name) < 0:
                 raise BadInputError(f"{name} is {getattr(self, name)}, must be 0 or more")
         if self.recovery_minutes is not None and not 0 < self.recovery_minutes < math.inf:

@@ -141,7 +141,6 @@ class Bench:
             samples=min(row.samples, self.recipe.samples),
             allocator="uniform" if row.allocator == "rounding" else row.allocator,
             calibration="self" if row.sampled else self.recipe.calibration,
-            recovery_steps=self.recipe.recovery_steps if row.recovered else 0,
         )
         calibration = self.calibration(recipe)
         original = self.source.copy()

@@ -44,14 +44,12 @@ class Calibration:
 
     Attributes:
         tokens: int64 [samples, sequence].
-        seen: those of which ``statistics`` are: int64 [sequences, sequence].
-        held_out: those of which they are not, where there are enough: int64 [sequences, sequence].
+        held_out: int64 [sequences, sequence], those that ``statistics`` have not seen, where there are enough.
         statistics: Hessians and sensitivities, in the model's (reordered) numbering.
         orders: for every input group the order of its columns, most important first: int64 [columns].
     """
 
     tokens: torch.Tensor
-    seen: torch.Tensor
     held_out: torch.Tensor
     statistics: ModelStatistics
     orders: Mapping[str, torch.Tensor]

@@ -25,7 +25,6 @@ OPTIONS = {
     "embedding_format": "--embedding-format",
     "ggml_types": "--ggml-types",
     "trials": "--trials",
-    "trial_recovery_steps": "--trial-recovery-steps",
     "drift_correction": "--drift-correction",
     "recovery_steps": "--recovery-steps",
 }

@@ -472,19 +472,3 @@ def test_a_gguf_file_of_another_architecture_is_refused(tmp_path):
     writer.close()
     with pytest.raises(UnsupportedModelError, match="'falcon' is not supported; supported: llama"):
         load_source(str(tmp_path / "other.gguf"))
-
-
-# Trials
-
-
-def test_trials_are_recovered_where_the_model_will_be(even_model):
-    """A little recovery brings every trial closer to the original; without recovery later there is none in trials."""
-
-    def first_trial(**options: int) -> float:
-        source = load_source(str(even_model))
-        recipe = replace(RECIPE, samples=16, **options)
-        return quantize(source, recipe).decision.divergences[0]
-
-    plain = first_trial(trial_recovery_steps=10)
-    recovered = first_trial(trial_recovery_steps=10, recovery_steps=1)
-    assert recovered < plain == first_trial(trial_recovery_steps=0, recovery_steps=1)
