@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -664,6 +665,13 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
             console.print(f"  mended, see manifest.json: {', '.join(_mended(repairs))}")
     if manifest.get("evaluation"):
         console.print(_evaluation_table(manifest["evaluation"]))
+    results = manifest["check"].get("results", {})
+    for name, result in results.items():
+        console.print(f"check on {name}: {'passed' if result['passed'] else 'FAILED, see manifest.json'}")
+    if any(file["path"] == "report.html" for file in manifest["files"]):
+        console.print(f"open {out / 'report.html'} to look at it", soft_wrap=True, markup=False)
+    if results:
+        console.print(f"prove it on a device: mgptq-run check {shlex.quote(str(out))}", soft_wrap=True, markup=False)
 
 
 def _mended(repairs: dict[str, dict[str, Any]]) -> Iterator[str]:

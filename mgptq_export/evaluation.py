@@ -79,6 +79,7 @@ def evaluate(
     losses = dict.fromkeys(names, 0.0)
     divergences = dict.fromkeys(names, 0.0)
     agreements = dict.fromkeys(names, 0)
+    shown = next(iter(scorers), "original")
     half = windows.shape[1] // 2
     last = slice(half - windows.shape[1] - 1, -1)
     scored = windows.shape[0] * (windows.shape[1] - half)
@@ -97,7 +98,7 @@ def evaluate(
                 divergences[name] += float((probabilities * (original - predicted)).sum())
                 agreements[name] += int((predicted.argmax(-1) == best).sum())
                 advance()
-            report(f"KL divergence of {names[-1]} {divergences[names[-1]] / (count * len(targets)):.4f}")
+            report(f"KL divergence of {shown} {divergences[shown] / (count * len(targets)):.4f}")
     return {
         name: Quality(
             _perplexity(losses[name] / scored, name),

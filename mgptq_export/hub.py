@@ -43,8 +43,10 @@ def push(package: Path, repository: str, *, private: bool = False, endpoint: str
         return str(api.upload_folder(repo_id=repository, folder_path=package, commit_message=message))
     except HFValidationError as error:
         raise BadInputError(f"{repository} is no name for a repository: {error}; give OWNER/NAME") from error
-    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
+    except HfHubHTTPError as error:
         raise BadInputError(
             f"the hub did not take the package for {repository} ({error}); log in with: hf auth login, "
-            "and check the name and the connection"
+            "and check the name"
         ) from error
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        raise BadInputError(f"the hub cannot be reached ({error}); check the connection") from error

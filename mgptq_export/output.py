@@ -87,8 +87,17 @@ def unfinished_run(out: Path, *, overwrite: bool, resume: bool) -> Iterator[Unfi
         BadInputError: nothing can be written there.
     """
     out = _real_path(out)
-    _check_replaceable(out, overwrite)
     work = out.parent / f"{out.name}.unfinished"
+    if (
+        resume
+        and not overwrite
+        and not work.exists()
+        and any(_has_keys(out / name, keys) for name, keys in MARKS.items())
+    ):
+        raise OutputExistsError(
+            f"{out} is complete, there is nothing to resume; for something else choose another folder"
+        )
+    _check_replaceable(out, overwrite)
     with _claimed(work, out):
         journal = Journal(work / "journal")
         resumed = resume and not journal.empty

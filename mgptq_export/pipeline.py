@@ -59,6 +59,7 @@ __all__ = [
     "load_original",
     "make_package",
     "measure",
+    "package_stages",
     "read_manifest",
     "run",
     "save_solved",

@@ -27,7 +27,7 @@ from mgptq_export.report import SWEEP_PAGE, sweep_page
 from mgptq_export.targets import target_named
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.package import file_sha256
-from mgptq_runtime.progress import track
+from mgptq_runtime.progress import stages
 
 __all__ = ["sweep"]
 
@@ -105,16 +105,16 @@ def sweep(
             _check_comparable(path, source)
         under_way.identify(pipeline.identity(source, recipe, targets) | {"evaluation": _identity(text)})
         calibration_set(source, recipe, journal)  # a text that cannot be used is found before anything is scored
+        names = _stages(recipes, against, targets, journal)
         reference = _scored_once(torch_scorer(source.model), journal.within("original"))
         measure = partial(pipeline.measure, text, windows, reference)
-        original = measure({})
-        rows = [_original_row(source, original)]
-        rows += [_foreign_row(path, source, measure, journal.within("against")) for path in against]
-        calibration = calibrate(source, recipe, journal)
-        with track("Budgets", len(recipes)) as advance:
+        with stages(names):
+            original = measure({})
+            rows = [_original_row(source, original)]
+            rows += [_foreign_row(path, source, measure, journal.within("against")) for path in against]
+            calibration = calibrate(source, recipe, journal)
             for one in recipes.values():
                 rows += _budget_rows(folder, source, calibration, one, targets, measure, journal)
-                advance()
         swept = {
             "name": source.name,
             "targets": list(targets),
@@ -125,6 +125,21 @@ def sweep(
         (folder / SWEEP_FILE).write_text(json.dumps(swept, indent=2) + "\n")
         (folder / SWEEP_PAGE).write_text(sweep_page(swept))
         return swept
+
+
+def _stages(
+    recipes: Mapping[str, Recipe], against: Sequence[Path], targets: Sequence[str], journal: Journal
+) -> list[str]:
+    """What is to come, each stage with the budget or the file that it is of."""
+    names = ["evaluate original"]
+    names += [f"evaluate {path.name}" for path in against if file_sha256(path) not in journal.within("against")]
+    names.append("calibrate")
+    for budget, recipe in recipes.items():
+        by_layout = {layout.name: recipe for layout in pipeline.layouts_of(targets)}
+        done = journal.within(budget)
+        of_budget = pipeline.package_stages(by_layout, targets, "evaluation" not in done, done)
+        names += [f"{name} {budget}" for name in of_budget]
+    return names
 
 
 def _name(bits: float) -> str:

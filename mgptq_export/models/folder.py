@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
+from mgptq_runtime.package import MANIFEST_FILE
 from mgptq_runtime.strict_json import parse_json_object
 
 __all__ = ["check_folder", "check_small_files", "read_config", "read_json"]
@@ -35,7 +36,7 @@ def check_folder(folder: Path) -> None:
     ``blobs``, and on to the store that all repositories share.
 
     Raises:
-        BadInputError: such a link, or an adapter, which is only a part of a model.
+        BadInputError: such a link; a package; or an adapter, which is only a part of a model.
     """
     root = folder.resolve()
     allowed = [root]
@@ -50,6 +51,8 @@ def check_folder(folder: Path) -> None:
     for path, target in targets.items():
         if not any(target.is_relative_to(place) for place in allowed):
             raise BadInputError(f"{path} is a link out of the folder, to {target}; copy the file itself")
+    if not (folder / "config.json").exists() and (folder / MANIFEST_FILE).exists():
+        raise BadInputError(f"{folder} is a package, its model is quantized already; start from the original model")
     if (folder / "adapter_config.json").exists():
         raise BadInputError(f"{folder} holds an adapter (adapter_config.json); merge it into its model first")
 

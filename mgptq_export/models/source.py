@@ -169,6 +169,7 @@ def count_model_weights(source: str) -> int:
     path = _model_path(source, weights=True, code=False)
     if path.is_dir():
         check_folder(path)
+        read_config(path)  # says of quantized weights what they are
         return count_weights(path)
     return sum(math.prod(tensor.shape) for tensor in read_gguf_file(path).tensors.values())
 

@@ -54,7 +54,9 @@ def read_text(path: Path) -> str:
     """
     try:
         content = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BadInputError(f"{path} cannot be read: {error.strerror or error}; give a text file") from error
+    except UnicodeDecodeError as error:
         raise BadInputError(f"{path} cannot be read as UTF-8 text: {error}; give a text file in UTF-8") from error
     if path.suffix.lower() != ".jsonl":
         return content.replace("\r\n", "\n").replace("\r", "\n")

@@ -46,7 +46,7 @@ def test_a_run_tells_its_stages_and_what_they_came_to(even_model, text_file, tmp
     ]
     wanted = [("calibrate", "")]
     wanted += [(name.format(layout), figure) for layout in ("columns", "tensors") for name, figure in of_a_layout]
-    wanted += [("export", ""), ("check", ", 1 of 1 passed"), ("evaluate", ", KL divergence of numpy #")]
+    wanted += [("export", ""), ("check", ", 1 of 1 passed"), ("evaluate", ", KL divergence of checkpoint #")]
     assert [line for line in shown(err) if not line.startswith("WARNING")] == [
         line
         for number, (name, figure) in enumerate(wanted, 1)

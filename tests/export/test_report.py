@@ -281,7 +281,7 @@ def test_a_damaged_package_is_not_uploaded(package, tmp_path, monkeypatch):
 
 
 def test_a_hub_that_does_not_answer_or_a_bad_name_is_a_typed_error(package):
-    with pytest.raises(BadInputError, match="log in"):
+    with pytest.raises(BadInputError, match="cannot be reached"):
         hub.push(package.folder, "me/model", endpoint="http://127.0.0.1:9")
     with pytest.raises(BadInputError, match="OWNER/NAME"):
         hub.push(package.folder, "not//a name")

@@ -349,3 +349,14 @@ def records(out: Path) -> list[tuple[str, int]]:
         except FileNotFoundError:
             continue  # replaced or removed meanwhile
     return found
+
+
+def test_there_is_nothing_to_resume_of_a_complete_package(even_model, tmp_path):
+    pipeline.run(str(even_model), tmp_path / "out", RECIPE, ["container"])
+    with pytest.raises(OutputExistsError, match="is complete, there is nothing to resume"):
+        pipeline.run(str(even_model), tmp_path / "out", RECIPE, ["container"], resume=True)
+    assert pipeline.verify(tmp_path / "out") == []
+    with pytest.raises(BadInputError, match="is a package, its model is quantized already"):
+        pipeline.run(str(tmp_path / "out"), tmp_path / "again", RECIPE, ["container"])
+    with pytest.raises(BadInputError, match="is quantized already; start from the original"):
+        pipeline.run(str(tmp_path / "out/quantized"), tmp_path / "again", RECIPE, ["container"])
