@@ -8,7 +8,6 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mgptq_export.sizes import format_size
 from mgptq_runtime.messages import printable
 
 __all__ = ["comparison_tables"]
@@ -56,7 +55,7 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _sizes(found: dict[str, Any]) -> Table:
     def size(value: int | None) -> str:
-        return "" if value is None else format_size(value)
+        return "" if value is None else f"{value / 1e6:.2f} MB"
 
     sizes = found["sizes"]
     named = {**{f"{name} model file": one for name, one in sizes["targets"].items()}, "all files": sizes["files"]}
