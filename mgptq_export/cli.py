@@ -131,6 +131,22 @@ MAX_MEMORY = click.option(
     "[default: 80 % of what is free]",
 )
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings.")
+JOB_OPTIONS = ("device", "overwrite", "resume", "max_memory", "trust_remote_code")
+
+
+def _job(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how a model is worked on, whatever becomes of it; the function takes them as ``job``."""
+
+    @_options(DEVICE, THREADS, OVERWRITE, RESUME, MAX_MEMORY, TRUST)
+    @wraps(function)
+    def command(*arguments: Any, threads: int | None, **options: Any) -> None:
+        _set_threads(threads)
+        job = {name: options.pop(name) for name in JOB_OPTIONS}
+        function(*arguments, job=job, **options)
+
+    return command
+
+
 GGML_TYPES = click.option(
     "--ggml-types",
     default="",
@@ -216,12 +232,7 @@ def cli(verbose: bool) -> None:
 @TARGETS
 @click.option("--evaluate", "text", type=click.Path(path_type=Path), help="Text file to compare with the original on.")
 @TEXT
-@DEVICE
-@THREADS
-@OVERWRITE
-@RESUME
-@MAX_MEMORY
-@TRUST
+@_job
 @JSON
 @_reporting
 def run(
@@ -231,12 +242,7 @@ def run(
     text: Path | None,
     window: int,
     windows: int,
-    device: str,
-    threads: int | None,
-    overwrite: bool,
-    resume: bool,
-    max_memory: int | None,
-    trust_remote_code: bool,
+    job: dict[str, Any],
     as_json: bool,
     **recipe: Any,
 ) -> None:
@@ -244,18 +250,13 @@ def run(
     with exit_at_once():
         from mgptq_export import pipeline
 
-    _set_threads(threads)
     manifest = pipeline.run(
         model,
         out,
         _recipe(**recipe),
         targets,
         text=pipeline.EvaluationText(text, window, windows) if text else None,
-        device=device,
-        overwrite=overwrite,
-        resume=resume,
-        max_memory=max_memory,
-        trust_remote_code=trust_remote_code,
+        **job,
     )
     _print_manifest(manifest, out, as_json)
 
@@ -265,24 +266,14 @@ def run(
 @OUT
 @RECIPE
 @TARGETS
-@DEVICE
-@THREADS
-@OVERWRITE
-@RESUME
-@MAX_MEMORY
-@TRUST
+@_job
 @JSON
 @_reporting
 def quantize(
     model: str,
     out: Path,
     targets: list[str],
-    device: str,
-    threads: int | None,
-    overwrite: bool,
-    resume: bool,
-    max_memory: int | None,
-    trust_remote_code: bool,
+    job: dict[str, Any],
     as_json: bool,
     **recipe: Any,
 ) -> None:
@@ -290,18 +281,13 @@ def quantize(
     with exit_at_once():
         from mgptq_export import pipeline
 
-    _set_threads(threads)
     manifest = pipeline.run(
         model,
         out,
         _recipe(**recipe),
         targets,
         export_targets=False,
-        device=device,
-        overwrite=overwrite,
-        resume=resume,
-        max_memory=max_memory,
-        trust_remote_code=trust_remote_code,
+        **job,
     )
     _print_manifest(manifest, out, as_json)
 
@@ -332,12 +318,7 @@ def quantize(
     "--targets", default="container", show_default=True, callback=_split, help="Comma-separated targets to write."
 )
 @TEXT
-@DEVICE
-@THREADS
-@OVERWRITE
-@RESUME
-@MAX_MEMORY
-@TRUST
+@_job
 @JSON
 @_reporting
 def sweep(
@@ -349,12 +330,7 @@ def sweep(
     window: int,
     windows: int,
     against: tuple[Path, ...],
-    device: str,
-    threads: int | None,
-    overwrite: bool,
-    resume: bool,
-    max_memory: int | None,
-    trust_remote_code: bool,
+    job: dict[str, Any],
     as_json: bool,
     **recipe: Any,
 ) -> None:
@@ -368,7 +344,6 @@ def sweep(
         from mgptq_export import pipeline
         from mgptq_export.sweep import sweep as sweep_model
 
-    _set_threads(threads)
     swept = sweep_model(
         model,
         out,
@@ -377,11 +352,7 @@ def sweep(
         targets,
         pipeline.EvaluationText(text, window, windows),
         against=against,
-        device=device,
-        overwrite=overwrite,
-        resume=resume,
-        max_memory=max_memory,
-        trust_remote_code=trust_remote_code,
+        **job,
     )
     if as_json:
         click.echo(json.dumps(swept))
@@ -519,9 +490,9 @@ def compare(
 def verify(package: Path, as_json: bool) -> None:
     """Compare the files of PACKAGE with what its manifest says of them. Exit code 1 where they differ."""
     with exit_at_once():
-        from mgptq_export import pipeline
+        from mgptq_export import manifest
 
-    differences = pipeline.verify(package)
+    differences = manifest.verify(package)
     if as_json:
         click.echo(json.dumps({"passed": not differences, "differences": differences}))
     else:
@@ -642,7 +613,8 @@ def _print_sweep(swept: dict[str, Any]) -> None:
 
 def _set_threads(threads: int | None) -> None:
     if threads:
-        import torch
+        with exit_at_once():
+            import torch
 
         torch.set_num_threads(threads)
 
@@ -651,6 +623,8 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(manifest))
         return
+    from mgptq_export.report.facts import mended  # imports torch
+
     console = Console()
     table = Table("file", "MB", title=f"{manifest['name']} in {out}")
     for file in manifest["files"]:
@@ -662,7 +636,7 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
         budget = f"asked {asked}" if size is None else f"{asked} fit in {format_size(size)}"
         console.print(f"stored bits per weight, {name} layout: {stored:.4f} ({budget})")
         if repairs := layout.get("repairs"):
-            console.print(f"  mended, see manifest.json: {', '.join(_mended(repairs))}")
+            console.print(f"  mended, see manifest.json: {', '.join(mended(repairs))}")
     if manifest.get("evaluation"):
         console.print(_evaluation_table(manifest["evaluation"]))
     results = manifest["check"].get("results", {})
@@ -672,19 +646,6 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
         console.print(f"open {out / 'report.html'} to look at it", soft_wrap=True, markup=False)
     if results:
         console.print(f"prove it on a device: mgptq-run check {shlex.quote(str(out))}", soft_wrap=True, markup=False)
-
-
-def _mended(repairs: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What had to be mended, in all input groups together."""
-    damped = sum("damping" in group for group in repairs.values())
-    dead = sum(group.get("dead_columns", 0) for group in repairs.values())
-    limited = sum(group.get("scales_at_limit", 0) for group in repairs.values())
-    if damped:
-        yield f"{damped} Hessians needed more damping"
-    if dead:
-        yield f"{dead} columns never had any input"
-    if limited:
-        yield f"{limited} scales are at float16's limits"
 
 
 def _evaluation_table(evaluation: dict[str, Any]) -> Table:

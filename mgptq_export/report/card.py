@@ -40,7 +40,6 @@ def model_card(manifest: Mapping[str, Any], contents: Sequence[PackageContent]) 
     environment = Environment(
         loader=PackageLoader("mgptq_export.report", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["megabytes"] = lambda count: f"{count / 1e6:.1f} MB"
     return environment.get_template("card.md.j2").render(
         metadata=_metadata(manifest).to_yaml(),
         manifest=manifest,

@@ -23,6 +23,11 @@ Spec = dict[str, Any]
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 LAYER_HEIGHT, BAR_HEIGHT = 14, 28
+QUALITY_TOOLTIP = [
+    {"field": "perplexity", "format": ".3f"},
+    {"field": "kl_divergence", "title": "KL divergence, nats", "format": ".4f"},
+    {"field": "top1_agreement", "title": "same most likely token", "format": ".2%"},
+]
 LOSS_TITLES = {
     "estimated": "estimated loss, nats",
     "decisive": "loss that decided, nats",
@@ -139,12 +144,7 @@ def quality_chart(results: Mapping[str, Mapping[str, float]]) -> Spec:
         encoding={
             "x": {"field": "perplexity", "type": "quantitative", "title": "perplexity, less is better"},
             "y": {"field": "name", "type": "nominal", "title": None, "sort": None},
-            "tooltip": [
-                {"field": "name", "title": "computed by"},
-                {"field": "perplexity", "format": ".3f"},
-                {"field": "kl_divergence", "title": "KL divergence, nats", "format": ".4f"},
-                {"field": "top1_agreement", "title": "same most likely token", "format": ".2%"},
-            ],
+            "tooltip": [{"field": "name", "title": "computed by"}, *QUALITY_TOOLTIP],
         },
     )
 
@@ -192,9 +192,7 @@ def front_chart(rows: Sequence[Mapping[str, Any]]) -> Spec:
                 {"field": "name", "title": "model"},
                 {"field": "stored_bits", "title": "stored bits", "format": ".4f"},
                 {"field": "bytes", "format": ","},
-                {"field": "perplexity", "format": ".3f"},
-                {"field": "kl_divergence", "title": "KL divergence, nats", "format": ".4f"},
-                {"field": "top1_agreement", "title": "same most likely token", "format": ".2%"},
+                *QUALITY_TOOLTIP,
             ],
         },
     }

@@ -21,7 +21,7 @@ from mgptq_export.report.charts import (
     trials_chart,
 )
 from mgptq_export.report.content import PackageContent
-from mgptq_export.report.facts import float16_bytes, model_bytes, verdict
+from mgptq_export.report.facts import float16_bytes, mended, model_bytes, verdict
 from mgptq_export.targets import target_named
 
 __all__ = ["REPORT_FILE", "SWEEP_PAGE", "report_page", "sweep_page"]
@@ -185,13 +185,5 @@ def _warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
         for failure in result["failures"]:
             yield f"The check on {label} failed: {failure}."
     for name, layout in manifest["layouts"].items():
-        repairs = layout["repairs"].values()
-        damped = sum("damping" in group for group in repairs)
-        dead = sum(group.get("dead_columns", 0) for group in repairs)
-        limited = sum(group.get("scales_at_limit", 0) for group in repairs)
-        if damped:
-            yield f"{name} layout: {damped} Hessians needed more damping than the recipe's."
-        if dead:
-            yield f"{name} layout: {dead} columns never had any input on the calibration text."
-        if limited:
-            yield f"{name} layout: {limited} scales are at the limits of float16."
+        for phrase in mended(layout["repairs"]):
+            yield f"{name} layout: {phrase}."
