@@ -12,7 +12,9 @@ import torch
 
 from mgptq_export.checkpoint import Checkpoint
 from mgptq_export.layouts import LAYOUTS
-from mgptq_export.pipeline import EvaluationText, read_manifest, verified_checkpoint
+from mgptq_export.manifest import read_manifest
+from mgptq_export.pipeline import EvaluationText
+from mgptq_export.solved import verified_checkpoint
 from mgptq_export.targets import TARGETS
 from mgptq_runtime.backends import Backend
 from mgptq_runtime.errors import PackageError

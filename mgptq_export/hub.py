@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from mgptq_export.pipeline import read_manifest, verify
+from mgptq_export.manifest import read_manifest, verify
 from mgptq_runtime.errors import BadInputError, PackageError
 
 __all__ = ["push"]

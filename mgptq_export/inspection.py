@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mgptq_export.layouts import LAYOUTS
-from mgptq_export.pipeline import read_manifest, verified_checkpoint
+from mgptq_export.manifest import read_manifest
+from mgptq_export.solved import verified_checkpoint
 from mgptq_runtime.formats import FORMATS, GGML_FORMATS
 from mgptq_runtime.quantized_model import QuantizedModel
 

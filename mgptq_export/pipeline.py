@@ -1,14 +1,11 @@
 """From a model to a package: quantize, export, evaluate, and the manifest that tells it all."""
 
 import hashlib
-import importlib.metadata
-import json
 import logging
-import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,40 +14,33 @@ import torch
 
 from mgptq_export.calibration import file_tokens, recovery_tokens
 from mgptq_export.checkpoint import (
-    Checkpoint,
     pack_model,
-    read_checkpoint,
     tokenizer_files,
     unpack_model,
-    write_checkpoint,
 )
 from mgptq_export.evaluation import Scorer, evaluate, evaluation_windows, torch_scorer
-from mgptq_export.golden import make_golden
 from mgptq_export.history import History, layer_errors
 from mgptq_export.journal import Journal, Record
-from mgptq_export.layouts import COLUMNS, LAYOUTS, Calibration, Layout
+from mgptq_export.layouts import LAYOUTS, Calibration, Layout
+from mgptq_export.manifest import read_manifest, verify_files
 from mgptq_export.memory import IN_MEMORY, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.models import SourceModel, count_model_weights, load_quantized_weights, load_source
-from mgptq_export.output import MANIFEST_KEYS, new_folder, unfinished_run
+from mgptq_export.output import new_folder, unfinished_run
+from mgptq_export.packaging import complete, package_backends, runs_on_backends, versions, write_targets
 from mgptq_export.planning import bits_for_size
-from mgptq_export.quantize import Repairs, calibrate, check_budget, quantize
+from mgptq_export.quantize import calibrate, check_budget, quantize
 from mgptq_export.recipe import Recipe
 from mgptq_export.recovery import recover
-from mgptq_export.report import CARD_FILE, REPORT_FILE, PackageContent, model_card, report_page
+from mgptq_export.solved import Solved, read_solved, save_solved, top_folder
 from mgptq_export.targets import TARGETS, target_named
 from mgptq_runtime.backends import Backend
-from mgptq_runtime.check import DEFAULT_BOUNDS, check_backend
-from mgptq_runtime.errors import BadInputError, BudgetError, PackageError
-from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
-from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, Package, file_sha256, open_package
-from mgptq_runtime.progress import report, stage, stages, track
-from mgptq_runtime.quantized_model import QuantizedModel
-from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
+from mgptq_runtime.errors import BadInputError
+from mgptq_runtime.package import file_sha256, open_package
+from mgptq_runtime.progress import stage, stages
 
 __all__ = [
     "EvaluationText",
-    "Solved",
     "check_tokenizer",
     "evaluate_package",
     "export",
@@ -60,23 +50,16 @@ __all__ = [
     "make_package",
     "measure",
     "package_stages",
-    "read_manifest",
     "run",
-    "save_solved",
     "text_windows",
-    "verified_checkpoint",
-    "verify",
-    "write_targets",
 ]
 
 logger = logging.getLogger(__name__)
 
-GOLDEN_FILE = "golden.npz"
 # What evaluations call the weights of each layout, computed by PyTorch.
 CHECKPOINT_LABELS = {"columns": "checkpoint", "tensors": "llama.cpp_checkpoint"}
 # Sequences of calibration text on which layers are compared with the original's.
 MEASURED_SEQUENCES = 4
-VERSIONED = ("mgptq-export", "mgptq-runtime", "torch", "transformers", "numpy", "onnx", "onnxruntime", "gguf")
 
 
 @dataclass(frozen=True)
@@ -86,16 +69,6 @@ class EvaluationText:
     path: Path
     window: int = 512
     windows: int = 30
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A quantized model in one layout, on disk."""
-
-    layout: Layout
-    checkpoint: Checkpoint
-    golden: GoldenVectors
-    history: History
 
 
 def run(
@@ -190,11 +163,12 @@ def make_package(
         the manifest.
     """
     solved = _quantize_into(folder, source, calibration, recipes, journal)
-    manifest = write_targets(folder, solved, targets)
-    if measuring:
-        evaluation = measuring(_scorers(source, solved, folder, targets))
-        manifest = complete(folder, solved, targets, manifest["check"]["results"], evaluation)
-    return manifest
+    write_targets(folder, solved, targets)
+
+    def evaluating() -> dict[str, Any] | None:
+        return measuring(_scorers(source, solved, folder, targets)) if measuring else None
+
+    return complete(folder, solved, targets, evaluating)
 
 
 def package_stages(
@@ -206,8 +180,7 @@ def package_stages(
         if "model" not in journal.within(layout):
             of_a_layout = ["allocate", "solve", *(["recover"] if recipe.recovers else [])]
             names += [f"{name} {layout}" if len(recipes) > 1 else name for name in of_a_layout]
-    checked = any(target_named(target).layout is COLUMNS for target in targets)
-    return names + ["export"] * bool(targets) + ["check"] * checked + ["evaluate"] * evaluated
+    return names + ["export"] * bool(targets) + ["check"] * runs_on_backends(targets) + ["evaluate"] * evaluated
 
 
 def _layout_recipes(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dict[str, Recipe]:
@@ -256,17 +229,17 @@ def export(
     known = read_manifest(package)
     for target in targets:
         _check_solved_for(target, known, package)
-    solved = _read_solved(package, known)
+    solved = read_solved(package, known)
     # What is taken over must be what was written: the new manifest would vouch for damage.
     replaced = {target_named(target).path for target in targets}
-    _verify_files(package, [file for file in known["files"] if _top(file) not in replaced])
+    verify_files(package, [file for file in known["files"] if top_folder(file) not in replaced])
     with new_folder(out or package, overwrite or out is None) as folder:
         shutil.copytree(package, folder, dirs_exist_ok=True)
         for target in targets:
             _remove(folder / target_named(target).path)
-        _export_into(folder, solved, targets)
+        write_targets(folder, solved, targets)
         every = [name for name in TARGETS if name in {*known["targets"], *targets}]
-        return _checked(folder, solved, every, known.get("evaluation"))
+        return complete(folder, solved, every, lambda: known.get("evaluation"))
 
 
 def _check_solved_for(target: str, manifest: dict[str, Any], package: Path) -> None:
@@ -285,100 +258,11 @@ def evaluate_package(package: Path, model: str, text: EvaluationText, *, device:
         JSON values: the text and windows, and the quality by name (``original``, ``checkpoint``, ``numpy``, ...).
     """
     manifest = read_manifest(package)
-    solved = _read_solved(package, manifest)
+    solved = read_solved(package, manifest)
     source = load_source(model, device=device)
     windows = text_windows(source, text)
     scorers = _scorers(source, solved, package, manifest["targets"])
     return measure(text, windows, torch_scorer(source.model), scorers)
-
-
-def read_manifest(package: Path) -> dict[str, Any]:
-    """``manifest.json`` of a package.
-
-    Raises:
-        PackageError: there is none that can be read.
-    """
-    try:
-        manifest = parse_json_object((package / MANIFEST_FILE).read_bytes(), MAX_JSON_BYTES)
-        if manifest["format_version"] != MANIFEST_VERSION:
-            raise PackageError(f"{package}: manifest version {manifest['format_version']} is not {MANIFEST_VERSION}")
-        if missing := MANIFEST_KEYS - manifest.keys():
-            raise PackageError(f"{package}: the manifest lacks {', '.join(sorted(missing))}; quantize the model again")
-        bits, files, targets = manifest["bits"], manifest["files"], manifest["targets"]
-        if not (isinstance(bits["stored"], float) and "requested" in bits and isinstance(targets, list)):
-            raise TypeError("bits or targets are not what this program writes")
-        if not (isinstance(manifest["layouts"], dict) and len(manifest["layouts"].keys() & LAYOUTS.keys()) > 0):
-            raise TypeError("layouts are not what this program writes")
-        if not all(isinstance(file["path"], str) and file["sha256"] and file["bytes"] >= 0 for file in files):
-            raise TypeError("files are not what this program writes")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PackageError(
-            f"{package} is no package ({error}); make one with: mgptq-export run MODEL -o OUT"
-        ) from error
-    return manifest
-
-
-def verify(package: Path) -> list[dict[str, str]]:
-    """What of a package is not as its manifest says: ``path`` and ``problem`` of every such file.
-
-    Raises:
-        PackageError: there is no manifest.
-    """
-    listed = {file["path"]: file for file in read_manifest(package)["files"]}
-    present = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()} - {MANIFEST_FILE}
-    problems = {path: _problem(package, file) for path, file in listed.items()}
-    problems |= dict.fromkeys(present - listed.keys(), "is not in the manifest")
-    return [{"path": path, "problem": problem} for path, problem in sorted(problems.items()) if problem]
-
-
-def _problem(package: Path, file: dict[str, Any]) -> str:
-    """What is wrong with a file that the manifest lists; empty where nothing is."""
-    path = package / file["path"]
-    if not path.resolve().is_relative_to(package.resolve()):
-        return "lies outside the package"
-    if not path.is_file():
-        return "is missing"
-    if path.stat().st_size != file["bytes"]:
-        return f"has {path.stat().st_size} bytes, the manifest says {file['bytes']}"
-    found = file_sha256(path)
-    return "" if found == file["sha256"] else f"has SHA-256 {found}, the manifest says {file['sha256']}"
-
-
-def verified_checkpoint(package: Path, manifest: dict[str, Any], layout: Layout) -> Checkpoint:
-    """A checkpoint of a package, its files being those that the manifest lists.
-
-    Raises:
-        PackageError: a file is missing or changed.
-    """
-    _verify_files(package, [file for file in manifest["files"] if _top(file) == layout.folder])
-    return read_checkpoint(package / layout.folder)
-
-
-def _read_solved(package: Path, manifest: dict[str, Any]) -> list[Solved]:
-    """The checkpoints of a package, verified."""
-    return [
-        Solved(
-            layout,
-            verified_checkpoint(package, manifest, layout),
-            read_golden(package / layout.folder / GOLDEN_FILE),
-            History.read(package / layout.folder),
-        )
-        for layout in LAYOUTS.values()
-        if layout.name in manifest["layouts"]
-    ]
-
-
-def _top(file: dict[str, Any]) -> str:
-    """The first part of a file's path in the package."""
-    return file["path"].split("/")[0]
-
-
-def _verify_files(package: Path, files: list[dict[str, Any]]) -> None:
-    for file in files:
-        if problem := _problem(package, file):
-            raise PackageError(
-                f"{package / file['path']} {problem}; copy the package again, or make that part of it again"
-            )
 
 
 def text_windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
@@ -451,92 +335,6 @@ def _finished(
     return Record(arrays, {"model": description, "repairs": quantized.repairs, "history": history.to_json()})
 
 
-def save_solved(
-    folder: Path,
-    layout: Layout,
-    model: QuantizedModel,
-    source: SourceModel,
-    recipe: Recipe,
-    tokens: torch.Tensor,
-    repairs: Repairs,
-    history: History,
-) -> Solved:
-    """Write a quantized model into a package's folder, for :func:`write_targets` to export.
-
-    Args:
-        folder: of the package, which holds no model of this layout.
-        source: holds the weights of ``model``, dequantized.
-        recipe: what ``model`` was made by.
-        tokens: int64 [samples, sequence], of which golden vectors are made.
-        repairs: what had to be mended, for the manifest.
-        history: what was found on the way, for the report.
-    """
-    checkpoint = write_checkpoint(
-        folder / layout.folder,
-        model,
-        name=source.name,
-        config=source.config,
-        recipe=recipe.to_json(),
-        repairs=repairs,
-        origin=source.origin,
-        tokenizer_folder=source.tokenizer_folder,
-    )
-    golden = make_golden(source.model, tokens)
-    write_golden(folder / layout.folder / GOLDEN_FILE, golden)
-    history.write(folder / layout.folder)
-    return Solved(layout, checkpoint, golden, history)
-
-
-def write_targets(folder: Path, solved: Sequence[Solved], targets: Sequence[str]) -> dict[str, Any]:
-    """Export to a package's folder what :func:`save_solved` put into it, and write its manifest, which is returned."""
-    _export_into(folder, solved, targets)
-    return _checked(folder, solved, targets, None)
-
-
-def _checked(
-    folder: Path, solved: Sequence[Solved], targets: Sequence[str], evaluation: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Complete a package whose exports have just been written, and replay its golden vectors on every backend."""
-    complete(folder, solved, targets, {}, evaluation)
-    if not any(target_named(target).layout is COLUMNS for target in targets):
-        return read_manifest(folder)
-    opened, results = open_package(folder), {}
-    with stage("check"):
-        for label, name, level in _backends(opened):
-            backend = opened.backend(name, accuracy_level=level, threads=torch.get_num_threads())
-            golden = opened.golden(backend)
-            with track(f"Checking {label}", len(golden.token_ids)) as advance:
-                results[label] = check_backend(backend, golden, opened.bounds(name, level), advance).to_json()
-            for failure in results[label]["failures"]:
-                logger.warning("the check on %s failed: %s", label, failure)
-        report(f"{sum(result['passed'] for result in results.values())} of {len(results)} passed")
-    return complete(folder, solved, targets, results, evaluation)
-
-
-def _export_into(folder: Path, solved: Sequence[Solved], targets: Sequence[str]) -> None:
-    if not targets:
-        return
-    by_layout = {one.layout.name: one for one in solved}
-    with stage("export"), track("Exporting", len(targets)) as advance:
-        for name in targets:
-            target = target_named(name)
-            one = by_layout[target.layout.name]
-            target.write(one.checkpoint, one.golden, folder / target.path)
-            _check_size(folder, name, one.checkpoint)
-            advance()
-
-
-def _check_size(folder: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Raise BudgetError where a target's model file is larger than its recipe's size."""
-    size = _recipe_of(checkpoint).get("size")
-    found = target_named(name).model_bytes(folder)
-    if size is not None and found > size:
-        raise BudgetError(
-            f"the model file of target {name} takes {found} bytes, more than the {size} that the model was quantized "
-            f"for; quantize it again with {name} among the --targets, or for a smaller --size"
-        )
-
-
 def _scorers(source: SourceModel, solved: Sequence[Solved], package: Path, targets: Sequence[str]) -> dict[str, Scorer]:
     """The quantized models in PyTorch, and what the package's exports compute."""
     scorers = {}
@@ -544,21 +342,13 @@ def _scorers(source: SourceModel, solved: Sequence[Solved], package: Path, targe
         working = source.copy()
         load_quantized_weights(working, one.checkpoint.model)
         scorers[CHECKPOINT_LABELS[one.layout.name]] = torch_scorer(working.model)
-    if not any(target_named(target).layout is COLUMNS for target in targets):
+    if not runs_on_backends(targets):
         return scorers
     opened = open_package(package)
-    for label, name, level in _backends(opened):
+    for label, name, level in package_backends(opened):
         backend = opened.backend(name, accuracy_level=level, threads=torch.get_num_threads())
         scorers[label] = _backend_scorer(backend)
     return scorers
-
-
-def _backends(opened: Package) -> Iterator[tuple[str, str, int]]:
-    """What a package is run on: what it is called here, the backend, its accuracy level."""
-    for name in opened.backends:
-        yield name, name, 4
-        if name == "onnx":
-            yield "onnx_exact", name, 0
 
 
 def _backend_scorer(backend: Backend) -> Scorer:
@@ -586,26 +376,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _recipe_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The recipe of a checkpoint, as JSON values."""
-    return checkpoint.config["quantization_config"]["recipe"]
-
-
-def _layout_json(solved: Solved) -> dict[str, Any]:
-    repairs = solved.checkpoint.config["quantization_config"].get("repairs", {})
-    return {"folder": solved.layout.folder, "bits": _bits(solved.checkpoint), "repairs": repairs}
-
-
-def _bits(checkpoint: Checkpoint) -> dict[str, Any]:
-    model = checkpoint.model
-    return {
-        "requested": _recipe_of(checkpoint)["bits"],
-        "stored": model.bits_stored,
-        "linear_weights": model.linear_weights,
-        "weights_by_format": model.weights_by_format(),
-    }
-
-
 def identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dict[str, Any]:
     """All that the bytes of a package depend on, evaluation apart."""
     text = Path(recipe.calibration)
@@ -621,7 +391,7 @@ def identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dic
         "targets": list(targets),
         "threads": torch.get_num_threads(),
         "device": str(source.model.device),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -632,70 +402,3 @@ def _weights_sha256(source: SourceModel) -> str:
         digest.update(tensor.contiguous().cpu().numpy())
         source.memory.release(tensor)
     return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONED}}
-
-
-def complete(
-    folder: Path,
-    solved: Sequence[Solved],
-    targets: Sequence[str],
-    checks: dict[str, Any],
-    evaluation: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Write what tells of a package's content: model card, report and manifest. Returns the manifest.
-
-    Args:
-        checks: by name of what the package was run on, :class:`mgptq_runtime.check.CheckResult` as JSON values.
-        evaluation: see :func:`evaluate_package`; None where there was none.
-    """
-    manifest = _manifest(solved, targets, checks, evaluation)
-    contents = [PackageContent(one.layout, one.checkpoint, one.history) for one in solved]
-    described = manifest | {"files": [one for one in _files(folder) if one["path"] not in (CARD_FILE, REPORT_FILE)]}
-    (folder / CARD_FILE).write_text(model_card(described, contents))
-    (folder / REPORT_FILE).write_text(report_page(described, contents))
-    manifest["files"] = _files(folder)
-    temporary = folder / f".{MANIFEST_FILE}"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    temporary.replace(folder / MANIFEST_FILE)
-    return manifest
-
-
-def _manifest(
-    solved: Sequence[Solved], targets: Sequence[str], checks: dict[str, Any], evaluation: dict[str, Any] | None
-) -> dict[str, Any]:
-    """All but the files."""
-    first = solved[0].checkpoint
-    return {
-        "format_version": MANIFEST_VERSION,
-        "name": first.name,
-        "family": first.model.family,
-        "origin": first.config["quantization_config"].get("origin", {}),
-        "bits": _bits(first),
-        "size": {"requested": _recipe_of(first).get("size")},
-        "layouts": {one.layout.name: _layout_json(one) for one in solved},
-        "targets": list(targets),
-        "recipe": _recipe_of(first),
-        "threads": torch.get_num_threads(),
-        "versions": _versions(),
-        "check": {
-            "bounds": {name: asdict(bounds) for name, bounds in DEFAULT_BOUNDS.items()},
-            "results": checks,
-        },
-        "evaluation": evaluation,
-    }
-
-
-def _files(folder: Path) -> list[dict[str, Any]]:
-    """Path, size and hash of every file of a package but its manifest."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
-    return [
-        {
-            "path": path.relative_to(folder).as_posix(),
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
-        for path in paths
-    ]

@@ -28,11 +28,12 @@ from mgptq_export.evaluation import evaluation_windows
 from mgptq_export.history import History
 from mgptq_export.layouts import COLUMNS, Calibration
 from mgptq_export.models import SourceModel, load_source
-from mgptq_export.pipeline import save_solved, write_targets
+from mgptq_export.packaging import complete, write_targets
 from mgptq_export.quantize import calibrate, quantize, round_to_nearest
 from mgptq_export.recipe import Recipe
 from mgptq_export.recovery import recover
 from mgptq_export.sizes import format_size
+from mgptq_export.solved import save_solved
 from mgptq_export.targets import target_named
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import QuantizedModel
@@ -171,6 +172,7 @@ class Bench:
             solved = save_solved(package, COLUMNS, model, self.source, recipe, calibration.tokens, {}, History())
             write_targets(package, [solved], targets)
             if row.recovered and self.packages:
+                complete(package, [solved], targets)
                 shutil.copytree(package, self.packages / package.name, dirs_exist_ok=True)
             size = target_named("container").model_bytes(package)
         return {"stored_bits": model.bits_stored, "bytes": size}

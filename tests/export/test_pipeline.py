@@ -21,6 +21,7 @@ from mgptq_export.checkpoint import read_checkpoint
 from mgptq_export.evaluation import evaluate, evaluation_windows
 from mgptq_export.inspection import inspect_package
 from mgptq_export.layouts import COLUMNS
+from mgptq_export.manifest import read_manifest, verify
 from mgptq_export.models import load_source
 from mgptq_export.targets import TARGETS, Target
 from mgptq_export.targets.onnx import read_onnx_weights
@@ -532,7 +533,7 @@ def test_recovery_brings_every_target_closer_to_the_original(text_file, tmp_path
     for steps in (0, 30):
         out = tmp_path / str(steps)
         manifest = pipeline.run(str(model), out, replace(recipe, recovery_steps=steps), targets, text=text)
-        assert manifest["bits"]["stored"] == pipeline.read_manifest(tmp_path / "0")["bits"]["stored"]
+        assert manifest["bits"]["stored"] == read_manifest(tmp_path / "0")["bits"]["stored"]
         results[steps] = {name: row["kl_divergence"] for name, row in manifest["evaluation"]["results"].items()}
     for name in ("checkpoint", "numpy", "onnx_exact", "onnx", "llama.cpp_checkpoint"):
         assert results[30][name] < 0.9 * results[0][name], name
@@ -542,7 +543,7 @@ def test_recovery_brings_every_target_closer_to_the_original(text_file, tmp_path
 
 
 def test_verify_finds_nothing_in_a_package_as_written(package):
-    assert pipeline.verify(package.folder) == []
+    assert verify(package.folder) == []
 
 
 def test_verify_names_every_file_that_differs(copied):
@@ -553,7 +554,7 @@ def test_verify_names_every_file_that_differs(copied):
     config.write_text("{}")
     (copied / "onnx/model.onnx.data").unlink()
     (copied / "notes.txt").write_text("mine")
-    found = {one["path"]: one["problem"] for one in pipeline.verify(copied)}
+    found = {one["path"]: one["problem"] for one in verify(copied)}
     assert found.keys() == {"model.mgptq.gguf", "onnx/genai_config.json", "onnx/model.onnx.data", "notes.txt"}
     assert found["model.mgptq.gguf"].startswith("has SHA-256 ")
     assert found["onnx/genai_config.json"].startswith("has 2 bytes, the manifest says ")

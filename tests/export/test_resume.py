@@ -18,6 +18,7 @@ from tiny_models import text, write_llama
 
 from mgptq_export import pipeline
 from mgptq_export.journal import Journal, Record
+from mgptq_export.manifest import read_manifest, verify
 from mgptq_export.output import unfinished_run
 from mgptq_export.recovery import training
 from mgptq_export.targets import TARGETS
@@ -141,7 +142,7 @@ def test_overwrite_starts_anew(model, text_file, stopped):
     recipe = replace(RECIPE, allocator="uniform", calibration=str(text_file))
     pipeline.run(str(model), stopped, recipe, ["container"], overwrite=True)
     assert list(stopped.parent.iterdir()) == [stopped]
-    assert pipeline.read_manifest(stopped)["recipe"]["allocator"] == "uniform"
+    assert read_manifest(stopped)["recipe"]["allocator"] == "uniform"
 
 
 def test_a_resumed_run_must_be_the_same_and_the_difference_is_named(model, text_file, stopped, monkeypatch):
@@ -161,7 +162,7 @@ def test_a_resumed_run_must_be_the_same_and_the_difference_is_named(model, text_
     write_llama(other, hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, seed=5)
     refused(r"model\.weights was", model=other)
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_versions", lambda: {"torch": "9.9"})
+        patched.setattr(pipeline, "versions", lambda: {"torch": "9.9"})
         refused(r"versions\.torch was '2.* and is '9\.9'")
     text_file.write_text(text() + " More.")
     try:
@@ -355,7 +356,7 @@ def test_there_is_nothing_to_resume_of_a_complete_package(even_model, tmp_path):
     pipeline.run(str(even_model), tmp_path / "out", RECIPE, ["container"])
     with pytest.raises(OutputExistsError, match="is complete, there is nothing to resume"):
         pipeline.run(str(even_model), tmp_path / "out", RECIPE, ["container"], resume=True)
-    assert pipeline.verify(tmp_path / "out") == []
+    assert verify(tmp_path / "out") == []
     with pytest.raises(BadInputError, match="is a package, its model is quantized already"):
         pipeline.run(str(tmp_path / "out"), tmp_path / "again", RECIPE, ["container"])
     with pytest.raises(BadInputError, match="is quantized already; start from the original"):

@@ -17,6 +17,7 @@ from mgptq_export import cli as command
 from mgptq_export import pipeline
 from mgptq_export import sweep as module
 from mgptq_export.journal import Journal, Record
+from mgptq_export.manifest import read_manifest, verify
 from mgptq_export.sweep import sweep
 from mgptq_runtime.check import check_backend
 from mgptq_runtime.errors import BadInputError, BudgetError, OutputExistsError
@@ -111,14 +112,14 @@ def test_every_package_passes_the_check_of_the_device(swept, bits):
     opened = open_package(swept / f"{bits:g}")
     backend = opened.backend("numpy")
     assert check_backend(backend, opened.golden(backend), opened.bounds("numpy", 4)).passed
-    assert pipeline.verify(swept / f"{bits:g}") == []
+    assert verify(swept / f"{bits:g}") == []
 
 
 def test_rows_say_what_packages_and_files_say(swept, same, rounded):
     rows = rows_of(swept)
     assert rows.keys() == {"original", "2.25", "3", same.name, rounded.name}
     for name, bits in (("2.25", 2.25), ("3", 3.0)):
-        manifest, row = pipeline.read_manifest(swept / name), rows[name]
+        manifest, row = read_manifest(swept / name), rows[name]
         assert (row["kind"], row["layout"], row["requested_bits"]) == ("quantized", "columns", bits)
         assert row["stored_bits"] == manifest["bits"]["stored"] <= bits
         assert row["file_bytes"] == {"container": (swept / name / "model.mgptq.gguf").stat().st_size}

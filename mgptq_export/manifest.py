@@ -1,0 +1,91 @@
+"""``manifest.json`` of a package: what it is, and the hash of every file in it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mgptq_export.layouts import LAYOUTS
+from mgptq_export.output import MANIFEST_KEYS
+from mgptq_runtime.errors import PackageError
+from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, file_sha256
+from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
+
+__all__ = ["listed_files", "read_manifest", "verify", "verify_files"]
+
+
+def read_manifest(package: Path) -> dict[str, Any]:
+    """``manifest.json`` of a package.
+
+    Raises:
+        PackageError: there is none that can be read.
+    """
+    try:
+        manifest = parse_json_object((package / MANIFEST_FILE).read_bytes(), MAX_JSON_BYTES)
+        if manifest["format_version"] != MANIFEST_VERSION:
+            raise PackageError(f"{package}: manifest version {manifest['format_version']} is not {MANIFEST_VERSION}")
+        if missing := MANIFEST_KEYS - manifest.keys():
+            raise PackageError(f"{package}: the manifest lacks {', '.join(sorted(missing))}; quantize the model again")
+        bits, files, targets = manifest["bits"], manifest["files"], manifest["targets"]
+        if not (isinstance(bits["stored"], float) and "requested" in bits and isinstance(targets, list)):
+            raise TypeError("bits or targets are not what this program writes")
+        if not (isinstance(manifest["layouts"], dict) and len(manifest["layouts"].keys() & LAYOUTS.keys()) > 0):
+            raise TypeError("layouts are not what this program writes")
+        if not all(isinstance(file["path"], str) and file["sha256"] and file["bytes"] >= 0 for file in files):
+            raise TypeError("files are not what this program writes")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PackageError(
+            f"{package} is no package ({error}); make one with: mgptq-export run MODEL -o OUT"
+        ) from error
+    return manifest
+
+
+def verify(package: Path) -> list[dict[str, str]]:
+    """What of a package is not as its manifest says: ``path`` and ``problem`` of every such file.
+
+    Raises:
+        PackageError: there is no manifest.
+    """
+    listed = {file["path"]: file for file in read_manifest(package)["files"]}
+    present = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()} - {MANIFEST_FILE}
+    problems = {path: _problem(package, file) for path, file in listed.items()}
+    problems |= dict.fromkeys(present - listed.keys(), "is not in the manifest")
+    return [{"path": path, "problem": problem} for path, problem in sorted(problems.items()) if problem]
+
+
+def _problem(package: Path, file: dict[str, Any]) -> str:
+    """What is wrong with a file that the manifest lists; empty where nothing is."""
+    path = package / file["path"]
+    if not path.resolve().is_relative_to(package.resolve()):
+        return "lies outside the package"
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != file["bytes"]:
+        return f"has {path.stat().st_size} bytes, the manifest says {file['bytes']}"
+    found = file_sha256(path)
+    return "" if found == file["sha256"] else f"has SHA-256 {found}, the manifest says {file['sha256']}"
+
+
+def verify_files(package: Path, files: Sequence[dict[str, Any]]) -> None:
+    """Check some of the files that a package's manifest lists.
+
+    Raises:
+        PackageError: one is missing, or not what the manifest says.
+    """
+    for file in files:
+        if problem := _problem(package, file):
+            raise PackageError(
+                f"{package / file['path']} {problem}; copy the package again, or make that part of it again"
+            )
+
+
+def listed_files(folder: Path) -> list[dict[str, Any]]:
+    """Path, size and hash of every file of a package but its manifest."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+    return [
+        {
+            "path": path.relative_to(folder).as_posix(),
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
+        for path in paths
+    ]

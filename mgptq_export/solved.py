@@ -1,0 +1,107 @@
+"""A quantized model in a package: its checkpoint, and what is kept beside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgptq_export.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from mgptq_export.golden import make_golden
+from mgptq_export.history import History
+from mgptq_export.layouts import LAYOUTS, Layout
+from mgptq_export.manifest import verify_files
+from mgptq_export.models import SourceModel
+from mgptq_export.quantize import Repairs
+from mgptq_export.recipe import Recipe
+from mgptq_runtime.golden import GoldenVectors, read_golden, write_golden
+from mgptq_runtime.quantized_model import QuantizedModel
+
+__all__ = ["Solved", "read_solved", "save_solved", "top_folder", "verified_checkpoint"]
+
+GOLDEN_FILE = "golden.npz"
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A quantized model in one layout, on disk."""
+
+    layout: Layout
+    checkpoint: Checkpoint
+    golden: GoldenVectors
+    history: History
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What it was made by, as JSON values."""
+        return self.checkpoint.config["quantization_config"]["recipe"]  # type: ignore[no-any-return]
+
+
+def save_solved(
+    folder: Path,
+    layout: Layout,
+    model: QuantizedModel,
+    source: SourceModel,
+    recipe: Recipe,
+    tokens: torch.Tensor,
+    repairs: Repairs,
+    history: History,
+) -> Solved:
+    """Write a quantized model into a package's folder, for :func:`mgptq_export.packaging.write_targets` to export.
+
+    Args:
+        folder: of the package, which holds no model of this layout.
+        source: holds the weights of ``model``, dequantized.
+        recipe: what ``model`` was made by.
+        tokens: int64 [samples, sequence], of which golden vectors are made.
+        repairs: what had to be mended, for the manifest.
+        history: what was found on the way, for the report.
+    """
+    checkpoint = write_checkpoint(
+        folder / layout.folder,
+        model,
+        name=source.name,
+        config=source.config,
+        recipe=recipe.to_json(),
+        repairs=repairs,
+        origin=source.origin,
+        tokenizer_folder=source.tokenizer_folder,
+    )
+    golden = make_golden(source.model, tokens)
+    write_golden(folder / layout.folder / GOLDEN_FILE, golden)
+    history.write(folder / layout.folder)
+    return Solved(layout, checkpoint, golden, history)
+
+
+def read_solved(package: Path, manifest: Mapping[str, Any]) -> list[Solved]:
+    """The quantized models of a package.
+
+    Raises:
+        PackageError: a file is missing or changed.
+    """
+    return [
+        Solved(
+            layout,
+            verified_checkpoint(package, manifest, layout),
+            read_golden(package / layout.folder / GOLDEN_FILE),
+            History.read(package / layout.folder),
+        )
+        for layout in LAYOUTS.values()
+        if layout.name in manifest["layouts"]
+    ]
+
+
+def verified_checkpoint(package: Path, manifest: Mapping[str, Any], layout: Layout) -> Checkpoint:
+    """A checkpoint of a package, its files being those that the manifest lists.
+
+    Raises:
+        PackageError: a file is missing or changed.
+    """
+    verify_files(package, [file for file in manifest["files"] if top_folder(file) == layout.folder])
+    return read_checkpoint(package / layout.folder)
+
+
+def top_folder(file: Mapping[str, Any]) -> str:
+    """The first part of a file's path in the package."""
+    return file["path"].split("/")[0]
