@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mgptq_export.calibration.head import backward_through_head
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel
@@ -55,11 +56,7 @@ def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tenso
     with track("Measuring the quantized model", len(batches)) as advance:
         for batch, part in zip(batches, losses.split(SEQUENCES_AT_ONCE, dim=1), strict=True):
             with _watched(original, quantized, part), recomputing(quantized), computing_in(dtype, device):
-                divergence = _divergence(original.model, quantized.model, batch.to(device))
-                if not torch.isfinite(divergence):
-                    raise NumericalError("the quantized model's logits are NaN or infinite; ask for more bits")
-                divergence.backward()
-            total += divergence.item()
+                total += _go_back(original.model, quantized.model, batch.to(device))
             advance()
     return Attribution(total / len(tokens), dict(zip(names, losses, strict=True)))
 
@@ -91,11 +88,21 @@ def _share(before: Any, after: Any, row: torch.Tensor) -> Any:
     return watch
 
 
-def _divergence(original: Any, quantized: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Sum over sequences of their mean KL divergence, differentiable in the activations."""
+def _go_back(original: Any, quantized: Any, tokens: torch.Tensor) -> float:
+    """Sum over sequences of their mean KL divergence, and its gradients in the activations."""
     with torch.no_grad():
-        wanted = torch.log_softmax(original(tokens, use_cache=False).logits.float(), -1)
+        originals = original.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
     # Weights are frozen: the embedded tokens are where gradients end.
     embedded = quantized.get_input_embeddings()(tokens).requires_grad_(True)
-    found = torch.log_softmax(quantized(inputs_embeds=embedded, use_cache=False).logits.float(), -1)
-    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / tokens.shape[1]
+    hidden = quantized.model(inputs_embeds=embedded, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def divergence(logits: torch.Tensor, positions: slice) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = torch.log_softmax(original.lm_head(originals[positions]).float(), -1)
+        found = torch.log_softmax(logits, -1)
+        lost = nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / tokens.shape[1]
+        if not torch.isfinite(lost):
+            raise NumericalError("the quantized model's logits are NaN or infinite; ask for more bits")
+        return lost
+
+    return backward_through_head(hidden, quantized.lm_head, divergence)

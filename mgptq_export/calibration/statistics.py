@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mgptq_export.calibration.flow import LayerFlow
+from mgptq_export.calibration.head import backward_through_head
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.hooks import hooked
 from mgptq_export.journal import FORGETFUL, Journal, Record
@@ -155,9 +156,12 @@ def _run_backward(model: Any, batch: torch.Tensor, generator: torch.Generator) -
     embedded = model.get_input_embeddings()(batch).requires_grad_(True)
     with computing_in(compute_dtype(model.device), model.device):
         hidden: torch.Tensor = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden).float().flatten(0, 1)
+        backward_through_head(hidden.flatten(0, 1), model.lm_head, partial(_drawn_loss, generator))
+
+
+def _drawn_loss(generator: torch.Generator, logits: torch.Tensor, positions: slice) -> torch.Tensor:
     if not torch.isfinite(logits).all():
         raise NumericalError("the model's logits are NaN or infinite on the calibration text; check the model")
     probabilities = torch.softmax(logits.detach(), -1).cpu()
     labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
-    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -284,6 +284,26 @@ def test_a_model_that_was_quantized_to_no_numbers_is_an_error(source, tokens):
         attribute(source, broken, tokens)
 
 
+def test_logits_are_held_for_a_few_positions_at_a_time_which_changes_nothing(source, tokens, monkeypatch):
+    quantized, rows = disturbed(source, 0.3), []
+    handles = [
+        one.model.lm_head.register_forward_hook(lambda *call: rows.append(len(call[2]))) for one in (source, quantized)
+    ]
+    whole = attribute(source, quantized, tokens), collect_statistics(source, tokens, 1, generator())
+    rows.clear()
+    monkeypatch.setattr("mgptq_export.calibration.head.LOGITS_AT_ONCE", 7 * 331)
+    parts = attribute(source, quantized, tokens), collect_statistics(source, tokens, 1, generator())
+    for handle in handles:
+        handle.remove()
+    assert max(rows) == 7 and sum(rows) == (2 * 3 + 1) * 24
+    assert parts[0].divergence == pytest.approx(whole[0].divergence, rel=1e-4)
+    for name, losses in whole[0].losses.items():
+        assert torch.allclose(parts[0].losses[name], losses, rtol=1e-3, atol=1e-7), name
+    for name, group in whole[1].groups.items():
+        for linear, values in group.sensitivity.items():
+            assert torch.allclose(parts[1].groups[name].sensitivity[linear], values, rtol=1e-3, atol=1e-9), linear
+
+
 def test_bfloat16_measures_nearly_the_same(source, tokens, monkeypatch):
     quantized = disturbed(source, 0.3)
     exact, hessian = attribute(source, quantized, tokens), collect_statistics(source, tokens, 1, generator())
