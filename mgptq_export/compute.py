@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-__all__ = ["compute_dtype", "computing_in", "multiplying_in", "pieces"]
+__all__ = ["batches", "compute_dtype", "computing_in", "multiplying_in", "pieces"]
 
 # What is made in float32 of this many numbers stays in a processor's cache.
 CACHED_NUMBERS = 1 << 18
@@ -38,6 +38,17 @@ def multiplying_in(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def batches(tokens: torch.Tensor, at_once: int) -> tuple[torch.Tensor, ...]:
+    """Whole sequences, as many as ``at_once`` tokens are, one at least.
+
+    How many follows from their length alone, and not from the memory there is: sums have the same order everywhere.
+
+    Args:
+        tokens: int64 [sequences, length].
+    """
+    return tokens.split(max(1, at_once // tokens.shape[1]))
 
 
 def pieces(matrix: torch.Tensor) -> Iterator[slice]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mgptq_export.calibration.head import backward_through_head
-from mgptq_export.compute import compute_dtype, computing_in
+from mgptq_export.compute import batches, compute_dtype, computing_in
 from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel
 from mgptq_export.recompute import recomputing
@@ -17,7 +17,7 @@ from mgptq_runtime.progress import track
 
 __all__ = ["Attribution", "attribute"]
 
-SEQUENCES_AT_ONCE = 2
+TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tenso
     names = [name for group in quantized.groups() for name in group.modules]
     losses = torch.zeros(len(names), len(tokens), dtype=torch.float64)
     total = 0.0
-    batches = tokens.split(SEQUENCES_AT_ONCE)
-    with track("Measuring the quantized model", len(batches)) as advance:
-        for batch, part in zip(batches, losses.split(SEQUENCES_AT_ONCE, dim=1), strict=True):
+    parts = batches(tokens, TOKENS_AT_ONCE)
+    with track("Measuring the quantized model", len(parts)) as advance:
+        for batch, part in zip(parts, losses.split(len(parts[0]), dim=1), strict=True):
             with _watched(original, quantized, part), recomputing(quantized), computing_in(dtype, device):
                 total += _go_back(original.model, quantized.model, batch.to(device))
             advance()

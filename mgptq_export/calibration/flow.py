@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mgptq_export.compute import compute_dtype, computing_in, multiplying_in
+from mgptq_export.compute import batches, compute_dtype, computing_in, multiplying_in
 from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel
 
 __all__ = ["HessianAccumulator", "LayerFlow", "StopForward"]
 
-SEQUENCES_AT_ONCE = 4
+TOKENS_AT_ONCE = 2048
 
 
 class HessianAccumulator:
@@ -110,7 +110,7 @@ class LayerFlow:
             raise StopForward
 
         with hooked([self.source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
-            for batch in tokens.split(SEQUENCES_AT_ONCE):
+            for batch in batches(tokens, TOKENS_AT_ONCE):
                 with suppress(StopForward):
                     self.source.model.model(batch.to(self.source.model.device), use_cache=False)
         return states

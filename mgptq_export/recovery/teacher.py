@@ -2,13 +2,13 @@
 
 import torch
 
-from mgptq_export.compute import computing_in
+from mgptq_export.compute import batches, computing_in
 from mgptq_export.models import SourceModel
 from mgptq_runtime.progress import track
 
 __all__ = ["Teacher"]
 
-SEQUENCES_AT_ONCE = 4
+TOKENS_AT_ONCE = 2048
 
 
 class Teacher:
@@ -21,14 +21,14 @@ class Teacher:
 
     def __init__(self, original: SourceModel, tokens: torch.Tensor, dtype: torch.dtype) -> None:
         model = original.model
-        batches = tokens.split(SEQUENCES_AT_ONCE)
+        parts = batches(tokens, TOKENS_AT_ONCE)
         states = []
         with (
             torch.no_grad(),
             computing_in(dtype, model.device),
-            track("Reading with the original", len(batches)) as advance,
+            track("Reading with the original", len(parts)) as advance,
         ):
-            for batch in batches:
+            for batch in parts:
                 output = model.model(batch.to(model.device), use_cache=False)
                 states.append(output.last_hidden_state.to(dtype))
                 advance()

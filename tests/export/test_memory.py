@@ -11,6 +11,7 @@ import torch
 
 from mgptq_export import memory as memory_module
 from mgptq_export import pipeline
+from mgptq_export.compute import batches
 from mgptq_export.memory import IN_MEMORY, Memory, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.models import load_source
@@ -34,6 +35,11 @@ def test_what_is_kept_in_a_file_is_what_was_given(paged, dtype, monkeypatch):
     kept += 1
     paged.release(kept)
     assert torch.equal(kept, tensor + 1)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(512, [4, 3]), (2048, [1] * 7), (3000, [1] * 7), (100, [7])])
+def test_longer_sequences_go_through_the_model_fewer_at_a_time(length, expected):
+    assert [len(batch) for batch in batches(torch.zeros(7, length, dtype=torch.int64), 2048)] == expected
 
 
 def test_files_have_no_names_and_go_with_the_tensor(paged, tmp_path):
