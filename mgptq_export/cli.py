@@ -20,7 +20,7 @@ from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.recipe import ALLOCATORS, FAST, Recipe
 from mgptq_export.sizes import format_size, parse_size
 from mgptq_runtime.errors import MgptqError
-from mgptq_runtime.messages import error_message
+from mgptq_runtime.messages import error_line
 from mgptq_runtime.signals import exit_at_once, exit_on_signals, ignore_signals
 
 __all__ = ["cli", "main"]
@@ -246,7 +246,7 @@ def run(
     as_json: bool,
     **recipe: Any,
 ) -> None:
-    """Quantize MODEL and export it: everything in one go."""
+    """Quantize MODEL and export it: everything in one go. Exit code 1 where the result fails its own check."""
     with exit_at_once():
         from mgptq_export import pipeline
 
@@ -259,6 +259,7 @@ def run(
         **job,
     )
     _print_manifest(manifest, out, as_json)
+    _exit_if_failed(manifest)
 
 
 @cli.command()
@@ -368,11 +369,13 @@ def sweep(
 @JSON
 @_reporting
 def export(package: Path, targets: list[str], out: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Export the quantized checkpoint of PACKAGE to targets."""
+    """Export the quantized checkpoint of PACKAGE to targets. Exit code 1 where the result fails its own check."""
     with exit_at_once():
         from mgptq_export import pipeline
 
-    _print_manifest(pipeline.export(package, targets, out, overwrite=overwrite), out or package, as_json)
+    manifest = pipeline.export(package, targets, out, overwrite=overwrite)
+    _print_manifest(manifest, out or package, as_json)
+    _exit_if_failed(manifest)
 
 
 @cli.command("eval")
@@ -648,6 +651,12 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
         console.print(f"prove it on a device: mgptq-run check {shlex.quote(str(out))}", soft_wrap=True, markup=False)
 
 
+def _exit_if_failed(manifest: dict[str, Any]) -> None:
+    """What failed has been told as a warning; the package stays, to be looked at."""
+    if not all(result["passed"] for result in manifest["check"]["results"].values()):
+        sys.exit(1)
+
+
 def _evaluation_table(evaluation: dict[str, Any]) -> Table:
     title = f"{evaluation['text']}, {evaluation['windows']} windows of {evaluation['window']} tokens"
     table = Table("", "perplexity", "KL divergence", "top-1 agreement", title=title)
@@ -671,7 +680,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (MgptqError, OSError) as error:  # OSError: standard output that is full or gone
-        click.echo(f"error: {error_message(error)}", err=True)
+        click.echo(error_line(error), err=True)
         sys.exit(1)
     finally:
         ignore_signals()

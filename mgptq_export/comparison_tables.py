@@ -117,6 +117,6 @@ def _generation(generation: dict[str, Any]) -> Iterator[RenderableType]:
     for one in generation["prompts"]:
         same, divergent = one["same_tokens"], one["first_divergent_token"]
         told = f"all {same}" if divergent is None else str(divergent)
-        rows.append((one["prompt"], told, one["a"], one["b"]))
+        rows.append((one["prompt"], told, one["a"], "the same" if divergent is None else one["b"]))
     title = f"Greedy texts up to the first divergent token, at most {generation['tokens']}, {generation['backend']}"
     yield _table(title, ("prompt", "same tokens", "A", "B"), rows)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from mgptq_runtime.errors import MgptqError
-from mgptq_runtime.messages import error_message, printable
+from mgptq_runtime.messages import error_line, error_message, printable
 from mgptq_runtime.signals import exit_on_signals
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["cli", "main"]
 
 
-def _fail(ctx: click.Context, message: str) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
+def _fail(ctx: click.Context, line: str) -> NoReturn:
+    click.echo(line, err=True)
     ctx.exit(1)
 
 
@@ -33,17 +33,17 @@ class ErrorReportingGroup(click.Group):
         try:
             return super().invoke(ctx)
         except MgptqError as error:
-            _fail(ctx, error_message(error))
+            _fail(ctx, error_line(error))
         except MemoryError as error:
             _fail(
                 ctx,
-                f"this machine has too little memory for that ({error_message(error) or 'no details'}); "
+                f"error: this machine has too little memory for that ({error_message(error) or 'no details'}); "
                 "free some, use a shorter text, or run a smaller model",
             )
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            _fail(ctx, error_message(error))
+            _fail(ctx, error_line(error))
 
 
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -2,7 +2,9 @@
 
 import re
 
-__all__ = ["error_message", "printable"]
+from mgptq_runtime.errors import MgptqError
+
+__all__ = ["error_line", "error_message", "printable"]
 
 MAX_MESSAGE = 4000
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -19,3 +21,9 @@ def error_message(error: BaseException) -> str:
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 2 :]}"
     return printable(text)
+
+
+def error_line(error: BaseException) -> str:
+    """What a command says before it ends: the error, and the name that the documentation has it under."""
+    name = f" [{type(error).__name__}]" if isinstance(error, MgptqError) else ""
+    return f"error: {error_message(error)}{name}"

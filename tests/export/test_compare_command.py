@@ -302,6 +302,11 @@ def test_people_see_ten_linears_at_most(packages, found, monkeypatch):
     assert invoke(*packages, "--tokens", 0).stdout.count("blk.") == 10
 
 
+def test_people_see_texts_that_are_the_same_once(packages, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert invoke(packages[0], packages[0], "--tokens", 2).stdout.count("│ the same") == len(PROMPTS)
+
+
 def test_people_see_why_something_is_not_comparable(packages, other_model, text, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = invoke(packages[0], other_model, "--text", text.path)

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from mgptq_export import cli as command
 from mgptq_export.recipe import FAST, Recipe
-from mgptq_runtime.check import check_backend
+from mgptq_runtime.check import DEFAULT_BOUNDS, Bounds, check_backend
 from mgptq_runtime.errors import MgptqError
 from mgptq_runtime.package import open_package
 
@@ -85,7 +85,8 @@ def test_options_reach_the_recipe(even_model, tmp_path, text_file):
 )
 def test_how_long_it_may_take_reaches_the_recipe(monkeypatch, options, wanted):
     asked = []
-    monkeypatch.setattr("mgptq_export.pipeline.run", lambda model, out, recipe, targets, **rest: asked.append(recipe))
+    checked = {"check": {"results": {}}}
+    monkeypatch.setattr("mgptq_export.pipeline.run", lambda *given, **rest: asked.append(given[2]) or checked)
     monkeypatch.setattr(command, "_print_manifest", lambda *arguments: None)
     assert invoke("run", "model", "-o", "out", *options).exit_code == 0
     assert {key: getattr(asked[0], key) for key in wanted} == wanted
@@ -211,6 +212,21 @@ def test_failures_exit_with_1_and_one_message(main, even_model, made, tmp_path):
             assert (code, stdout) == (1, ""), (message, err)
             assert err.count("error: ") == 1 and message in err and "Traceback" not in err
         assert list(tmp_path.iterdir()) == [short]
+
+
+def test_an_error_is_told_with_the_name_that_the_documentation_has_it_under(main, tmp_path):
+    assert main("plan", tmp_path)[2].endswith(" [BadInputError]\n")
+
+
+def test_a_package_that_fails_its_own_check_stays_and_ends_with_1(main, even_model, tmp_path, monkeypatch, caplog):
+    wrong = {name: Bounds(max_abs_difference=0.0) for name in DEFAULT_BOUNDS}
+    monkeypatch.setattr("mgptq_export.packaging.DEFAULT_BOUNDS", wrong)
+    out = tmp_path / "out"
+    code, stdout, err = main("run", even_model, "-o", out, "--targets", "container", *QUICK, "--json")
+    assert code == 1 and not json.loads(stdout)["check"]["results"]["numpy"]["passed"]
+    assert "the check on numpy failed" in caplog.text and "Traceback" not in err
+    assert main("verify", out)[0] == 0
+    assert main("export", out, "--targets", "container")[0] == 1
 
 
 def test_the_log_goes_to_stderr(main, even_model, tmp_path):
