@@ -116,6 +116,18 @@ def test_another_first_token_beyond_the_bound_fails():
     assert not result.passed and result.top1_ties == 0
 
 
+@pytest.mark.parametrize(("beyond", "ties"), [(-1e-3, 0), (1e-3, 2)])
+def test_a_tie_gap_says_what_a_tie_is_however_far_logits_may_differ(beyond, ties):
+    model = random_llama()
+    golden = make_golden(model)
+    gaps = golden.top_logits[:, 0, 0] - golden.top_logits[:, 0, 1]
+    gap = (gaps.min() if beyond < 0 else gaps.max()) + beyond
+    bounds = Bounds(max_abs_difference=float(gaps.max()) + 1, top1_agreement=1.0, tie_gap=float(gap))
+    result = check_backend(swap_first_two(golden, model), golden, bounds)
+    assert result.top1_ties == ties
+    assert result.passed == bool(ties)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite_fail(value):
     model = random_llama()
