@@ -2,6 +2,7 @@
 # make test   a fresh machine: set up, then lint, types and all tests
 # make quick  the tests that take seconds each and need no real model
 # make fuzz   changed containers against the reader, for 10 minutes; SECONDS_OF_FUZZING=60 for another time
+# make test-arm64  the device runtime on 64-bit Arm, emulated; PACKAGE=build/demo for another package than a tiny one
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ SECONDS_OF_FUZZING ?= 600
 PYTEST := $(BIN)/python -m pytest
 IN_PARALLEL := -n auto --maxprocesses 4
 
-.PHONY: setup browser demo test quick fuzz lint clean
+.PHONY: setup browser demo test quick fuzz test-arm64 lint clean
 
 setup: .venv/installed
 
@@ -42,6 +43,9 @@ quick: setup
 
 fuzz: setup
 	$(BIN)/python tools/fuzz_container.py --seconds $(SECONDS_OF_FUZZING)
+
+test-arm64: setup
+	$(BIN)/python tools/check_arm64.py $(PACKAGE)
 
 clean:
 	rm -rf build .venv
