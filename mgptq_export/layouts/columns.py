@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, Segment, 
 
 __all__ = ["ColumnLayout"]
 
-TABLE_ROWS = 8192
+# Weights that are solved together; several times their memory is taken on the way.
+NUMBERS_AT_ONCE = 1 << 23
 
 
 class ColumnLayout:
@@ -83,21 +85,40 @@ class ColumnLayout:
     def solve_group(
         self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe
     ) -> SolvedGroup:
-        """All linears of the group at once, along their common order."""
+        """All linears of the group along their common order: at once, or where that is much, some rows at a time."""
         order = allocated.orders[group.name]
         factor = factorize(hessian, order, recipe.damping, group.name)
         natural = torch.equal(order, torch.arange(len(order), device=order.device))
         permutation = None if natural else order.to(torch.int32).cpu().numpy()
-        spans, start = [], 0
-        for name, module in group.modules.items():
-            spans.append((slice(start, start + module.out_features), allocated.formats[name]))
-            start += module.out_features
-        stacked = torch.cat([module.weight.detach().float() for module in group.modules.values()])[:, order]
-        solution = solve_blockwise(stacked, factor.upper, spans)
-        linears = [
-            pack_linear(name, solution.values[rows], solution.scales[rows], formats, module.in_features, permutation)
-            for (name, module), (rows, formats) in zip(group.modules.items(), spans, strict=True)
-        ]
+
+        def solved(weights: Mapping[str, torch.Tensor]) -> list[QuantizedLinear]:
+            spans, start = {}, 0
+            for name, weight in weights.items():
+                spans[name] = slice(start, start + len(weight))
+                start += len(weight)
+            stacked = torch.cat(list(weights.values()))[:, order]
+            rows_and_formats = [(rows, allocated.formats[name]) for name, rows in spans.items()]
+            solution = solve_blockwise(stacked, factor.upper, rows_and_formats)
+            return [
+                pack_linear(
+                    name,
+                    solution.values[rows],
+                    solution.scales[rows],
+                    allocated.formats[name],
+                    group.columns,
+                    permutation,
+                )
+                for name, rows in spans.items()
+            ]
+
+        def solved_alone(name: str, weight: torch.Tensor) -> QuantizedLinear:
+            return solved({name: weight})[0]
+
+        weights = {name: module.weight.detach().float() for name, module in group.modules.items()}
+        if sum(weight.numel() for weight in weights.values()) <= NUMBERS_AT_ONCE:
+            linears = solved(weights)
+        else:
+            linears = [by_rows(weight, partial(solved_alone, name)) for name, weight in weights.items()]
         return SolvedGroup(InputGroup(group.name, permutation, tuple(linears)), factor.damping)
 
     def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
@@ -116,7 +137,7 @@ class ColumnLayout:
 
 def by_rows(weight: torch.Tensor, solve: Callable[[torch.Tensor], QuantizedLinear]) -> QuantizedLinear:
     """Solve a large matrix some rows at a time, which do not depend on one another."""
-    parts = [solve(part) for part in weight.split(TABLE_ROWS)]
+    parts = [solve(part) for part in weight.split(max(1, NUMBERS_AT_ONCE // weight.shape[1]))]
     segments = tuple(
         Segment(same[0].format, np.concatenate([segment.data for segment in same]))
         for same in zip(*(part.segments for part in parts), strict=True)

@@ -16,7 +16,7 @@ from small_runs import RECIPE, Quantized
 from tiny_models import write_llama
 
 from mgptq_export.checkpoint import read_checkpoint, write_checkpoint
-from mgptq_export.layouts import COLUMNS
+from mgptq_export.layouts import COLUMNS, columns
 from mgptq_export.models import SourceModel, load_quantized_weights, load_shape, load_source
 from mgptq_export.quantize import calibrate, quantize, round_to_nearest
 from mgptq_runtime.errors import BadInputError, BudgetError, NumericalError, PackageError, UnsupportedModelError
@@ -113,6 +113,22 @@ def test_the_source_model_holds_the_dequantized_weights(request, quantized):
     assert np.array_equal(source.model.model.embed_tokens.weight.numpy(), model.embedding.dequantize())
     head = model.embedding if model.head is None else model.head
     assert np.array_equal(source.model.lm_head.weight.numpy(), head.dequantize())
+
+
+def test_large_matrices_are_solved_some_rows_at_a_time_which_changes_nothing(even_model, monkeypatch):
+    recipe = replace(RECIPE, allocator="hessian", drift_correction=0.0)
+    whole = quantize(load_source(str(even_model)), recipe).model
+    stacks = []
+    solve = columns.solve_blockwise
+    monkeypatch.setattr(columns, "NUMBERS_AT_ONCE", 1024)
+    monkeypatch.setattr(columns, "solve_blockwise", lambda stack, *given: stacks.append(stack) or solve(stack, *given))
+    parts = quantize(load_source(str(even_model)), recipe).model
+    assert max(stack.numel() for stack in stacks) <= 1024 < max(one.rows * one.columns for one in whole.linears())
+    assert parts.weights_by_format() == whole.weights_by_format()
+    # What comes later reads what these put out, and any last digit of it may round a weight the other way.
+    first = zip((*whole.groups[0].linears, whole.embedding), (*parts.groups[0].linears, parts.embedding), strict=True)
+    for one, other in first:
+        assert np.isclose(one.dequantize(), other.dequantize(), rtol=1e-3).mean() > 0.95, one.name
 
 
 def test_a_tied_matrix_stays_tied_and_is_stored_once(even_quantized):
