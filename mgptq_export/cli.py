@@ -1,6 +1,7 @@
 """The command ``mgptq-export``: thin shells over importable functions."""
 
 import json
+import logging
 import math
 import shlex
 import sys
@@ -16,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mgptq_export import reporting
+from mgptq_export.launch import launched
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.recipe import ALLOCATORS, FAST, Recipe
 from mgptq_export.sizes import format_size, parse_size
@@ -26,6 +28,8 @@ from mgptq_runtime.signals import exit_at_once, exit_on_signals, ignore_signals
 __all__ = ["cli", "main"]
 
 TARGET_NAMES = ("container", "onnx", "llama.cpp")
+# What processes that torchrun started can do together.
+SHARED_COMMANDS = ("run", "quantize")
 
 
 def _split(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
@@ -95,9 +99,10 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
         context = click.get_current_context()
         inherited = context.parent.params["log_file"] if context.parent else None
         _check_outside(log_file or inherited, options)
-        if log_file:
+        is_first = launched().rank == 0
+        if log_file and is_first:
             context.with_resource(reporting.logged_to(log_file))
-        if quiet:
+        if quiet or not is_first:
             context.with_resource(reporting.quiet())
         function(*arguments, **options)
 
@@ -128,7 +133,7 @@ MAX_MEMORY = click.option(
     "--max-memory",
     callback=_bytes,
     help="Such as 8GB. Where a model does not fit several times, weights and hidden states lie in files beside OUT. "
-    "[default: 80 % of what is free]",
+    "Under torchrun, of each process. [default: 80 % of what is free]",
 )
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings.")
 JOB_OPTIONS = ("device", "overwrite", "resume", "max_memory", "trust_remote_code")
@@ -222,7 +227,16 @@ def cli(verbose: bool) -> None:
 
     MODEL is a Hugging Face folder or hub id, or a GGUF file. PACKAGE is a folder written by 'run' or 'quantize'.
     """
-    click.get_current_context().with_resource(reporting.log_to_stderr(verbose=verbose))
+    context, launch = click.get_current_context(), launched()
+    if launch.size > 1 and context.invoked_subcommand not in SHARED_COMMANDS:
+        raise click.UsageError(
+            f"torchrun started {launch.size} processes, {context.invoked_subcommand} is for one; commands that several "
+            f"share: {', '.join(SHARED_COMMANDS)}"
+        )
+    if launch.rank == 0:
+        context.with_resource(reporting.log_to_stderr(verbose=verbose))
+    else:
+        context.with_resource(reporting.log_to_stderr(verbose=False, least=logging.ERROR))
 
 
 @cli.command()
@@ -246,7 +260,10 @@ def run(
     as_json: bool,
     **recipe: Any,
 ) -> None:
-    """Quantize MODEL and export it: everything in one go. Exit code 1 where the result fails its own check."""
+    """Quantize MODEL and export it: everything in one go. Exit code 1 where the result fails its own check.
+
+    Processes that torchrun starts ('torchrun --nproc-per-node 4 -m mgptq_export run ...') share the work.
+    """
     with exit_at_once():
         from mgptq_export import pipeline
 
@@ -278,7 +295,10 @@ def quantize(
     as_json: bool,
     **recipe: Any,
 ) -> None:
-    """Quantize MODEL for the targets without writing them; 'export' does."""
+    """Quantize MODEL for the targets without writing them; 'export' does.
+
+    Processes that torchrun starts share the work, as with 'run'.
+    """
     with exit_at_once():
         from mgptq_export import pipeline
 
@@ -623,6 +643,8 @@ def _set_threads(threads: int | None) -> None:
 
 
 def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
+    if not manifest:  # the first rank prints it
+        return
     if as_json:
         click.echo(json.dumps(manifest))
         return
@@ -653,7 +675,7 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
 
 def _exit_if_failed(manifest: dict[str, Any]) -> None:
     """What failed has been told as a warning; the package stays, to be looked at."""
-    if not all(result["passed"] for result in manifest["check"]["results"].values()):
+    if manifest and not all(result["passed"] for result in manifest["check"]["results"].values()):
         sys.exit(1)
 
 
@@ -680,7 +702,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (MgptqError, OSError) as error:  # OSError: standard output that is full or gone
-        click.echo(error_line(error), err=True)
+        rank = launched().rank
+        click.echo(error_line(error, f" on rank {rank}" if rank else ""), err=True)
         sys.exit(1)
     finally:
         ignore_signals()

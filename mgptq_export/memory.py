@@ -134,15 +134,16 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def memory_for(weights: int, folder: Path, most: int | None) -> Memory:
+def memory_for(weights: int, folder: Path, most: int | None, processes: int = 1) -> Memory:
     """In memory where a model fits with all that a run makes of it, else in files. What is computed is the same.
 
     Args:
         weights: how many the model has.
         folder: for files.
-        most: bytes that may be used; None for most of what is available now.
+        most: bytes that may be used; None for this process' part of most of what is available now.
+        processes: how many there are on this machine.
     """
-    room = int(AVAILABLE_SHARE * _available()) if most is None else most
+    room = int(AVAILABLE_SHARE * _available()) // processes if most is None else most
     return IN_MEMORY if MODELS_AT_ONCE * 4 * weights + LEAST_BYTES <= room else Memory(folder)
 
 

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mgptq_export.journal import Journal, Record
-from mgptq_runtime.errors import BadInputError, MgptqError, OutOfMemoryError, OutputExistsError
+from mgptq_runtime.errors import BadInputError, DistributedError, MgptqError, OutOfMemoryError, OutputExistsError
 from mgptq_runtime.package import MANIFEST_FILE
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
@@ -137,7 +137,8 @@ def _claimed(work: Path, out: Path) -> Iterator[None]:
 
 
 def _would_fail_again(error: BaseException) -> bool:
-    by_input = isinstance(error, MgptqError) and not isinstance(error, OutputExistsError | OutOfMemoryError)
+    others = OutputExistsError | OutOfMemoryError | DistributedError
+    by_input = isinstance(error, MgptqError) and not isinstance(error, others)
     return by_input and not isinstance(error.__cause__, OSError)
 
 

@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,17 @@ from mgptq_export.checkpoint import (
     tokenizer_files,
     unpack_model,
 )
+from mgptq_export.distributed import ALONE, World, joined
 from mgptq_export.evaluation import Scorer, evaluate, evaluation_windows, torch_scorer
 from mgptq_export.history import History, layer_errors
-from mgptq_export.journal import Journal, Record
+from mgptq_export.journal import FORGETFUL, Journal, Record
+from mgptq_export.launch import launched
 from mgptq_export.layouts import LAYOUTS, Calibration, Layout
 from mgptq_export.manifest import read_manifest, verify_files
 from mgptq_export.memory import IN_MEMORY, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.models import SourceModel, count_model_weights, load_quantized_weights, load_source
-from mgptq_export.output import new_folder, unfinished_run
+from mgptq_export.output import UnfinishedRun, new_folder, unfinished_run
 from mgptq_export.packaging import complete, package_backends, runs_on_backends, versions, write_targets
 from mgptq_export.planning import bits_for_size
 from mgptq_export.quantize import calibrate, check_budget, quantize
@@ -87,7 +89,8 @@ def run(
 ) -> dict[str, Any]:
     """Quantize a model, once for each layout of weights that the targets want, and export it.
 
-    What is finished is on disk at once; a run that was stopped can be resumed, and gives the same bytes.
+    What is finished is on disk at once; a run that was stopped can be resumed, and gives the same bytes. Processes that
+    torchrun started share the work, and the first of them writes.
 
     Args:
         model: a Hugging Face folder or hub id, or a GGUF file.
@@ -102,21 +105,26 @@ def run(
             of what is available.
 
     Returns:
-        the manifest.
+        the manifest; nothing on other ranks than the first.
 
     Raises:
         MgptqError: see :mod:`mgptq_runtime.errors`; no package is left behind.
     """
-    layouts = layouts_of(targets)
-    with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way, typed_memory_errors():
+    layouts, device = layouts_of(targets), launched().device(device)
+    with (
+        joined(device) as world,
+        _under_way(out, overwrite, resume, world) as under_way,
+        typed_memory_errors(),
+    ):
         folder, journal = under_way.folder, under_way.journal
-        source = load_original(model, targets, folder.parent, device, max_memory, trust_remote_code)
+        source = load_original(model, targets, folder.parent, device, max_memory, trust_remote_code, world)
         recipes = _layout_recipes(source, recipe, targets)
         for layout in layouts:
             check_budget(source, recipes[layout.name], layout)
         check_tokenizer(source, targets)
-        windows = text_windows(source, text) if text else None
-        under_way.identify(identity(source, recipe, targets))
+        windows = text_windows(source, text) if text and world.is_first else None
+        if world.is_first:
+            under_way.identify(identity(source, recipe, targets))
         measuring = None
         if text and windows is not None:
             measuring = partial(measure, text, windows, torch_scorer(source.copy().model))
@@ -126,17 +134,37 @@ def run(
             return make_package(folder, source, calibration, recipes, written, journal, measuring)
 
 
+@contextmanager
+def _under_way(out: Path, overwrite: bool, resume: bool, world: World) -> Iterator[UnfinishedRun]:
+    """:func:`mgptq_export.output.unfinished_run` on the first rank, what follows from it on the others."""
+    if world.is_first:
+        with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way:
+            yield replace(under_way, journal=world.shared(under_way.journal))
+    else:
+        out.resolve().parent.mkdir(parents=True, exist_ok=True)
+        yield UnfinishedRun(out.resolve(), world.shared(FORGETFUL), resumed=False, _identity=FORGETFUL)
+
+
 def load_original(
-    model: str, targets: Sequence[str], files: Path, device: str, max_memory: int | None, trust_remote_code: bool
+    model: str,
+    targets: Sequence[str],
+    files: Path,
+    device: str,
+    max_memory: int | None,
+    trust_remote_code: bool,
+    world: World = ALONE,
 ) -> SourceModel:
     """Load the model to quantize, whose configuration every target can hold.
 
     Args:
         files: a folder for what does not fit into ``max_memory``; the others are as for :func:`run`.
+        world: who works on it; the first rank fetches it from the hub before the others look for it.
     """
+    weights = world.from_first(partial(count_model_weights, model))
     on_cpu = device.split(":")[0] == "cpu"
-    memory = memory_for(count_model_weights(model), files, max_memory) if on_cpu else IN_MEMORY
+    memory = memory_for(weights, files, max_memory, launched().local_size) if on_cpu else IN_MEMORY
     source = load_source(model, device=device, trust_remote_code=trust_remote_code, memory=memory)
+    source.world = world
     for target in targets:
         target_named(target).check_config(source.model.config)
     return source
@@ -160,9 +188,12 @@ def make_package(
         measuring: :func:`measure` with all but the scorers; None to leave evaluation out.
 
     Returns:
-        the manifest.
+        the manifest; nothing on other ranks than the first.
     """
     solved = _quantize_into(folder, source, calibration, recipes, journal)
+    source.world.leave()
+    if not source.world.is_first:
+        return {}
     write_targets(folder, solved, targets)
 
     def evaluating() -> dict[str, Any] | None:
@@ -290,6 +321,8 @@ def _quantize_into(
         layout, working = LAYOUTS[name], source.copy()
         finishing = partial(_finished, working, source, calibration, recipe, layout, journal.within(name))
         record = journal.within(name).once("model", finishing)
+        if not source.world.is_first:
+            continue
         model = unpack_model(record.arrays, record.facts["model"])
         load_quantized_weights(working, model)
         history = History.from_json(record.facts["history"])
@@ -311,7 +344,9 @@ def _finished(
     quantized = quantize(working, recipe, layout, calibration, journal)
     measured = partial(layer_errors, source, working, calibration.held_out[:MEASURED_SEQUENCES])
     errors_solved = journal.once("errors", lambda: Record(facts=measured())).facts
-    text = recovery_tokens(source, recipe, calibration.tokens) if recipe.recovers else calibration.tokens
+    text = calibration.tokens
+    if recipe.recovers:
+        text = source.world.from_first(partial(recovery_tokens, source, recipe, text))
     with stage("recover") if recipe.recovers else nullcontext():
         recovered = recover(
             working,
@@ -391,6 +426,7 @@ def identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dic
         "targets": list(targets),
         "threads": torch.get_num_threads(),
         "device": str(source.model.device),
+        "processes": source.world.size,
         "versions": versions(),
     }
 

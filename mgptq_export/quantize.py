@@ -1,6 +1,7 @@
 """Quantizing a model: calibrate, allocate, solve. Everything here works on a loaded model."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -21,13 +22,14 @@ from mgptq_export.calibration import (
     collect_statistics,
 )
 from mgptq_export.checkpoint import pack_group, unpack_group
+from mgptq_export.distributed import ALONE, World
 from mgptq_export.families import GroupModules
 from mgptq_export.journal import FORGETFUL, Journal, Record
-from mgptq_export.layouts import COLUMNS, Allocated, Calibration, Layout
+from mgptq_export.layouts import COLUMNS, Allocated, Calibration, Layout, stacked_rows
 from mgptq_export.models import SourceModel, load_dequantized
 from mgptq_export.recipe import Recipe
 from mgptq_export.solver import factorize
-from mgptq_runtime.errors import BudgetError
+from mgptq_runtime.errors import BadInputError, BudgetError
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, GGML_FORMATS, padded_columns
 from mgptq_runtime.progress import report, stage, track
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, bits_stored
@@ -148,6 +150,7 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
         journal: what has been done of this before, and where to keep what is done.
     """
     tokens = calibration_set(source, recipe, journal)
+    _check_shares(source, tokens)
     generator = torch.Generator().manual_seed(recipe.seed)
     held_out = len(tokens) // HELD_OUT_ONE_IN
 
@@ -164,8 +167,20 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
 
 def calibration_set(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL) -> torch.Tensor:
     """What :func:`calibrate` measures the model on, with its journal: int64 [sequences, sequence_length]."""
-    text = journal.once("text", lambda: Record({"tokens": calibration_tokens(source, recipe).numpy()}))
+    made = partial(source.world.from_first, partial(calibration_tokens, source, recipe))
+    text = journal.once("text", lambda: Record({"tokens": made().numpy()}))
     return torch.from_numpy(text.arrays["tokens"])
+
+
+def _check_shares(source: SourceModel, tokens: torch.Tensor) -> None:
+    """Raise BadInputError where a rank would have nothing to measure the model on, or no row to solve."""
+    measured = len(tokens) - len(tokens) // HELD_OUT_ONE_IN
+    rows = min(module.out_features for group in source.groups() for module in group.modules.values())
+    if min(measured, rows) < source.world.size:
+        raise BadInputError(
+            f"{source.world.size} processes are too many for {measured} calibration sequences and matrices of {rows} "
+            f"rows; start at most {min(measured, rows)}, or give more --samples"
+        )
 
 
 def _renumber_hidden(source: SourceModel, statistics: ModelStatistics) -> ModelStatistics:
@@ -173,7 +188,8 @@ def _renumber_hidden(source: SourceModel, statistics: ModelStatistics) -> ModelS
     reading = {group.name for group in source.groups() if group.reads_hidden}
     diagonals = [group.diagonal for name, group in statistics.groups.items() if name in reading]
     importance = torch.stack([diagonal / diagonal.mean() for diagonal in diagonals]).mean(0)
-    order = importance.argsort(descending=True, stable=True)
+    # A mean's last digit may differ between machines, and all have to number alike.
+    order = source.world.from_first(partial(importance.argsort, descending=True, stable=True))
     source.family.reorder_hidden(source.model, order)
     source.memory.release_weights(source.model)
     groups = {
@@ -219,9 +235,10 @@ def solve(
     Embedding and head come first, so that every layer sees the embedding that will be stored.
 
     Args:
-        propagate: fit each layer to what the quantized layers before it put out. Otherwise to the original's
-            activations, whose Hessians are at hand: three times as quick, and a little worse.
-        journal: input groups that have been quantized before, and where to keep those that are now.
+        propagate: fit each layer to what the quantized layers before it put out; ranks share the rows of a matrix.
+            Otherwise to the original's activations, whose Hessians are at hand: three times as quick, and a little
+            worse; ranks deal out the layers.
+        journal: with ``propagate``, input groups that have been quantized before, and where to keep those that are now.
         repairs: gets what had to be mended.
     """
     repairs = {} if repairs is None else repairs
@@ -229,23 +246,29 @@ def solve(
     embedding, head = _solve_tables(source, calibration.statistics.head.hessian, recipe, layout)
     flow = DriftFlow(source, original, calibration.tokens) if propagate else None
 
-    def solved(index: int, group: GroupModules) -> Record:
-        if flow is None:
-            hessian = calibration.statistics.groups[group.name].hessian
-        else:
-            measured = flow.measure(index, group)
-            _correct_drift(group, measured, recipe.drift_correction, calibration.tokens.numel())
-            hessian = measured.hessian
-        return _solve_group(group, hessian, allocated, recipe, layout)
+    def solved_in_turn(flow: DriftFlow, index: int, group: GroupModules) -> Record:
+        measured = flow.measure(index, group)
+        _correct_drift(group, measured, recipe.drift_correction, calibration.tokens.numel())
+        return _solve_group(group, measured.hessian, allocated, recipe, layout, source.world)
+
+    def solved_apart(index: int) -> list[Record]:
+        hessians = ((group, calibration.statistics.groups[group.name].hessian) for group in source.layer_groups(index))
+        return [_solve_group(group, hessian, allocated, recipe, layout) for group, hessian in hessians]
+
+    apart = source.world.map(solved_apart, range(len(source.layers)))
 
     groups = []
+    records: Iterator[Record]
     with torch.no_grad(), track("Quantizing", len(source.layers)) as advance:
         for index in range(len(source.layers)):
             modules = source.layer_groups(index)
             if flow:
                 flow.enter(index, measuring=any(group.name not in journal for group in modules))
-            for group in modules:
-                record = journal.once(group.name, partial(solved, index, group))
+                taken = partial(solved_in_turn, flow, index)
+                records = (journal.once(group.name, partial(taken, group)) for group in modules)
+            else:
+                records = iter(next(apart))
+            for group, record in zip(modules, records, strict=True):
                 groups.append(_replace_group(source, group, record))
                 repairs |= {group.name: record.facts["repairs"]} if record.facts["repairs"] else {}
             report(f"{bits_stored(groups):.4f} stored bits so far")
@@ -309,10 +332,18 @@ def _quantized_model(
 
 
 def _solve_group(
-    group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe, layout: Layout
+    group: GroupModules,
+    hessian: torch.Tensor,
+    allocated: Allocated,
+    recipe: Recipe,
+    layout: Layout,
+    world: World = ALONE,
 ) -> Record:
-    """A quantized input group and its repairs, for a journal."""
-    solved = layout.solve_group(group, hessian, allocated, recipe)
+    """A quantized input group and its repairs, for a journal; each rank solves its rows of every linear."""
+    part = group if world.size == 1 else _rows_of(group, world)
+    parts = world.gather(layout.solve_group(part, hessian, allocated, recipe))
+    linears = tuple(map(stacked_rows, zip(*(part.group.linears for part in parts), strict=True)))
+    solved = replace(parts[0], group=replace(parts[0].group, linears=linears))
     found = {
         "damping": solved.damping if solved.damping > recipe.damping else 0,
         "dead_columns": int((hessian.diagonal() <= 0).sum()),
@@ -320,6 +351,16 @@ def _solve_group(
     }
     arrays, entry = pack_group(solved.group)
     return Record(arrays, {"group": entry, "repairs": {name: value for name, value in found.items() if value}})
+
+
+def _rows_of(group: GroupModules, world: World) -> GroupModules:
+    """This rank's rows of every linear of a group."""
+    modules = {}
+    for name, module in group.modules.items():
+        weight = module.weight[world.rows(module.out_features)]
+        modules[name] = nn.Linear(module.in_features, len(weight), bias=False, device="meta")
+        modules[name].weight = nn.Parameter(weight, requires_grad=False)
+    return replace(group, modules=modules)
 
 
 def _scales_at_limit(linear: QuantizedLinear) -> int:
@@ -351,7 +392,8 @@ def _solve_tables(
 
     def solved(name: str, module: nn.Module, hessian: torch.Tensor) -> QuantizedLinear:
         weight: Any = module.weight
-        table = layout.solve_table(name, weight.detach().float(), hessian, recipe)
+        mine = weight.detach()[source.world.rows(len(weight))].float()
+        table = stacked_rows(source.world.gather(layout.solve_table(name, mine, hessian, recipe)))
         load_dequantized(source, module, table)
         return table
 

@@ -35,13 +35,15 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def log_to_stderr(*, verbose: bool) -> Iterator[None]:
-    """Show warnings in this block, and with ``verbose`` what the workstation's package does inside."""
+def log_to_stderr(*, verbose: bool, least: int = logging.WARNING) -> Iterator[None]:
+    """Show warnings in this block, and with ``verbose`` what the workstation's package does inside.
+
+    Args:
+        least: level of what is shown anyway.
+    """
     handler = _OnStderr()
     # Not by levels, which a log file lowers.
-    handler.addFilter(
-        lambda record: record.levelno >= logging.WARNING or (verbose and record.name.startswith(WORKSTATION))
-    )
+    handler.addFilter(lambda record: record.levelno >= least or (verbose and record.name.startswith(WORKSTATION)))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, format="%(levelname)s: %(message)s")
     with _everything_of([WORKSTATION]) if verbose else nullcontext():
         yield

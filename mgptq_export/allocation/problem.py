@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
+from mgptq_export.distributed import ALONE, World
 from mgptq_export.solver import grid_of, search_scales
 from mgptq_runtime.formats import BLOCK_COLUMNS
 from mgptq_runtime.progress import track
@@ -35,6 +36,11 @@ class AllocationProblem(Protocol):
     @property
     def budget(self) -> int:
         """Bits that all units together may take."""
+        ...
+
+    @property
+    def world(self) -> World:
+        """The processes that work on it together."""
         ...
 
     def weights(self) -> torch.Tensor:
@@ -82,11 +88,13 @@ class BlockProblem:
         linears: all that compete, in forward order, columns permuted.
         formats: what may be chosen, fewest bits first.
         budget: bits that all blocks together may take, permutations already subtracted.
+        world: who estimates costs.
     """
 
     linears: Sequence[LinearProblem]
     formats: tuple[str, ...]
     budget: int
+    world: World = ALONE
 
     def weights(self) -> torch.Tensor:
         """Weights of every block, padding included: int64 [units]."""
@@ -152,12 +160,16 @@ class BlockProblem:
         """
         table = []
         with track("Estimating what each block loses", len(self.linears)) as advance:
-            for linear in self.linears:
-                weight, importance = linear.in_blocks()
-                total = torch.zeros(linear.blocks, len(self.formats), dtype=torch.float64, device=weight.device)
-                for rows, sensitivity in zip(weight.split(COST_ROWS), linear.sensitivity.split(COST_ROWS), strict=True):
-                    errors = [search_scales(rows, importance, grid_of(x), COST_CANDIDATES)[1] for x in self.formats]
-                    total += (torch.stack(errors, -1).double() * sensitivity.double()[:, None, None]).sum(0)
-                table.append(total.cpu())
+            for costs in self.world.map(self._costs_of, self.linears):
+                table.append(costs)
                 advance()
         return beyond_quadratic(torch.cat(table), self.energies())
+
+    def _costs_of(self, linear: LinearProblem) -> torch.Tensor:
+        """The quadratic part, of one linear's blocks: float64 [blocks, formats]."""
+        weight, importance = linear.in_blocks()
+        total = torch.zeros(linear.blocks, len(self.formats), dtype=torch.float64, device=weight.device)
+        for rows, sensitivity in zip(weight.split(COST_ROWS), linear.sensitivity.split(COST_ROWS), strict=True):
+            errors = [search_scales(rows, importance, grid_of(x), COST_CANDIDATES)[1] for x in self.formats]
+            total += (torch.stack(errors, -1).double() * sensitivity.double()[:, None, None]).sum(0)
+        return total.cpu()

@@ -8,6 +8,7 @@ import torch
 
 from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
 from mgptq_export.allocation.problem import Allocation
+from mgptq_export.distributed import ALONE, World
 from mgptq_export.solver import tensor_error
 from mgptq_runtime.formats import GGML_FORMATS
 from mgptq_runtime.progress import track
@@ -40,11 +41,13 @@ class TensorProblem:
         linears: all that compete, in forward order, columns in the model's own order.
         tensors: cover all linears, in their order.
         budget: bits that all tensors together may take.
+        world: who estimates costs.
     """
 
     linears: Sequence[LinearProblem]
     tensors: Sequence[FileTensor]
     budget: int
+    world: World = ALONE
 
     @cached_property
     def options(self) -> tuple[tuple[str, ...], ...]:
@@ -108,11 +111,14 @@ class TensorProblem:
         """
         table = []
         with track("Estimating what each tensor loses", len(self.tensors)) as advance:
-            for tensor, options in zip(self.tensors, self.options, strict=True):
-                known = {name: sum(_rounding_loss(x, name) for x in self._members(tensor)) for name in tensor.formats}
+            for known, options in zip(self.world.map(self._costs_of, self.tensors), self.options, strict=True):
                 table.append([known[name] for name in options])
                 advance()
         return beyond_quadratic(torch.tensor(table, dtype=torch.float64), self.energies())
+
+    def _costs_of(self, tensor: FileTensor) -> dict[str, float]:
+        """The quadratic part, by type."""
+        return {name: sum(_rounding_loss(x, name) for x in self._members(tensor)) for name in tensor.formats}
 
 
 def _tensor_bits(linear: LinearProblem, name: str) -> int:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -111,7 +112,7 @@ def allocate_by_gnn(
             if len(tried) == trials:
                 break
             logger.debug("trial %d: KL divergence %.4f", len(tried), tried[-1].trial.divergence)
-            corrected = predictor.learn(tried, steps)
+            corrected = problem.world.from_first(partial(predictor.learn, tried, steps))
             choice = cheapest_within(corrected, sizes, problem.budget)
             if any(torch.equal(choice, known.choice) for known in tried):
                 break

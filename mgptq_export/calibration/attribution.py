@@ -51,14 +51,17 @@ def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tenso
     dtype = compute_dtype(device)
     names = [name for group in quantized.groups() for name in group.modules]
     losses = torch.zeros(len(names), len(tokens), dtype=torch.float64)
-    total = 0.0
     parts = batches(tokens, TOKENS_AT_ONCE)
-    with track("Measuring the quantized model", len(parts)) as advance:
-        for batch, part in zip(parts, losses.split(len(parts[0]), dim=1), strict=True):
+    divergences = torch.zeros(len(parts), dtype=torch.float64)
+    pairs = zip(parts, losses.split(len(parts[0]), dim=1), strict=True)
+    mine = quantized.world.share([(place, *pair) for place, pair in enumerate(pairs)])
+    with track("Measuring the quantized model", len(mine)) as advance:
+        for place, batch, part in mine:
             with _watched(original, quantized, part), recomputing(quantized), computing_in(dtype, device):
-                total += _go_back(original.model, quantized.model, batch.to(device))
+                divergences[place] = _go_back(original.model, quantized.model, batch.to(device))
             advance()
-    return Attribution(total / len(tokens), dict(zip(names, losses, strict=True)))
+    quantized.world.sum_(losses, divergences)  # exact: what other ranks measure is zero here
+    return Attribution(sum(divergences.tolist()) / len(tokens), dict(zip(names, losses, strict=True)))
 
 
 def _watched(original: SourceModel, quantized: SourceModel, losses: torch.Tensor) -> AbstractContextManager[None]:

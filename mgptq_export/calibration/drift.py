@@ -44,12 +44,13 @@ class DriftFlow:
     Args:
         quantized: its embedding is quantized, and every layer before :meth:`leave`.
         original: what it was; None where its drift is of no interest.
-        tokens: int64 [sequences, length].
+        tokens: int64 [sequences, length], of which each rank takes its share through.
     """
 
     def __init__(self, quantized: SourceModel, original: SourceModel | None, tokens: torch.Tensor) -> None:
-        self._quantized = LayerFlow(quantized, tokens)
-        self._original = None if original is None else LayerFlow(original, tokens)
+        mine = quantized.world.share(tokens)
+        self._quantized = LayerFlow(quantized, mine)
+        self._original = None if original is None else LayerFlow(original, mine)
         self._tokens = tokens.numel()
         self._references: dict[str, list[torch.Tensor]] = {}
 
@@ -78,7 +79,8 @@ class DriftFlow:
         """What an input group reads; of its layer, those before it are quantized, itself is not."""
         flow = self._quantized
         point = _Point.of(flow.source, index, group)
-        hessian, drift = HessianAccumulator(group.columns, flow.source.model.device), None
+        world = flow.source.world
+        hessian, drift = HessianAccumulator(group.columns, flow.source.model.device, world), None
         with _recorded((point.reads, point.shows), last=point.shows if self._original else point.reads) as seen:
             for place, state in enumerate(flow.states):
                 output = state
@@ -93,6 +95,8 @@ class DriftFlow:
                         drift = torch.zeros(behind.shape[1], group.columns, device=behind.device)
                     with multiplying_in(compute_dtype(behind.device)):
                         drift.addmm_(behind.t(), read.flatten(0, 1).float(), alpha=2.0 / self._tokens)
+        if drift is not None:
+            world.sum_(drift)
         return Measured(hessian.take(), drift, point.of_stream)
 
     def leave(self, index: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mgptq_export.compute import batches, compute_dtype, computing_in, multiplying_in
+from mgptq_export.distributed import ALONE, World
 from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel
 
@@ -23,9 +24,10 @@ class HessianAccumulator:
     Activations are rounded as the linear itself rounds them, to the type that the model is computed in.
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device, world: World = ALONE) -> None:
         self._sum = torch.zeros(columns, columns, device=device)
-        self._count = 0
+        self._count = torch.zeros((), dtype=torch.int64)
+        self._world = world
 
     def add(self, activation: torch.Tensor) -> None:
         """Add activations: float [..., columns]."""
@@ -35,8 +37,9 @@ class HessianAccumulator:
         self._count += rows.shape[0]
 
     def take(self) -> torch.Tensor:
-        """The Hessian, float32 [columns, columns]; once, as it lies where the sum was."""
-        return self._sum.mul_(2.0 / max(self._count, 1))
+        """The Hessian of what all ranks have added, float32 [columns, columns]; once, as it lies where the sum was."""
+        self._world.sum_(self._sum, self._count)
+        return self._sum.mul_(2.0 / max(int(self._count), 1))
 
 
 class StopForward(Exception):
@@ -46,7 +49,7 @@ class StopForward(Exception):
 class LayerFlow:
     """What enters each layer, as the layers before it compute now: hidden states of the calibration set.
 
-    Of the model one layer is in use at a time.
+    Of the model one layer is in use at a time. Hessians are those of all ranks' tokens.
 
     Attributes:
         source: the model.
@@ -70,7 +73,7 @@ class LayerFlow:
     def advance_measuring(self, index: int) -> dict[str, torch.Tensor]:
         """Go through a layer, whose Hessians are measured: float32 [columns, columns] by group name."""
         groups = self.source.layer_groups(index)
-        accumulators = {group.name: HessianAccumulator(group.columns, self.states[0].device) for group in groups}
+        accumulators = {group.name: self._accumulator(group.columns) for group in groups}
 
         def feed(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
             return lambda module, inputs: accumulators[name].add(inputs[0])
@@ -82,7 +85,7 @@ class LayerFlow:
     @torch.no_grad()
     def head_hessian(self) -> torch.Tensor:
         """Hessian of the head's input, once all layers have been gone through: float32 [hidden, hidden]."""
-        accumulator = HessianAccumulator(self.states[0].shape[-1], self.states[0].device)
+        accumulator = self._accumulator(self.source.model.config.hidden_size)
         for state in self.states:
             with self._computing():
                 accumulator.add(self.source.model.model.norm(state))
@@ -100,6 +103,9 @@ class LayerFlow:
         with self._computing():
             output = self.source.layers[index](state, **self._arguments[index])
         return output[0] if isinstance(output, tuple) else output
+
+    def _accumulator(self, columns: int) -> HessianAccumulator:
+        return HessianAccumulator(columns, self.source.model.device, self.source.world)
 
     def _first_layer_inputs(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states [batch, sequence, hidden] that enter the first layer."""

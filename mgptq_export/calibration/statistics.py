@@ -107,7 +107,7 @@ def _measure_hessians(source: SourceModel, tokens: torch.Tensor, journal: Journa
             hessians[key] = torch.from_numpy(values).to(source.model.device)
 
     known = {name for name in (*names, HEAD) if name in journal}
-    flow = LayerFlow(source, tokens) if len(known) <= len(names) else None
+    flow = LayerFlow(source, source.world.share(tokens)) if len(known) <= len(names) else None
     with track("Measuring activations", len(names)) as advance:
         for index, name in enumerate(names):
             if flow and name in known:
@@ -129,14 +129,24 @@ def _measure_gradients(
     modules = {name: module for group in source.groups() for name, module in group.modules.items()}
     totals = {name: torch.zeros(module.out_features, device=source.model.device) for name, module in modules.items()}
     handles = [module.register_forward_hook(_watch_gradient(totals[name])) for name, module in modules.items()]
+    mine = set(source.world.share(range(len(tokens))))
     with hooked(handles), recomputing(source), track("Measuring sensitivity", len(tokens)) as advance:
-        for sequence in tokens.split(1):
-            _run_backward(source.model, sequence.to(source.model.device), generator)
+        for place, sequence in enumerate(tokens.split(1)):
+            if place in mine:
+                _run_backward(source.model, sequence.to(source.model.device), generator)
+            else:
+                _skip_labels(source.model, sequence.numel(), generator)
             advance()
+    source.world.sum_(*totals.values())
     for name, total in totals.items():
         if not torch.isfinite(total).all():
             raise NumericalError(f"{name}: the loss gradient is NaN or infinite on the calibration text")
     return {name: total / tokens.numel() for name, total in totals.items()}
+
+
+def _skip_labels(model: Any, count: int, generator: torch.Generator) -> None:
+    """Draw as many labels as :func:`_run_backward` does, for every sequence to get the same ones on any rank."""
+    torch.multinomial(torch.ones(count, model.lm_head.out_features), 1, generator=generator)
 
 
 def _watch_gradient(total: torch.Tensor) -> Callable[[nn.Module, object, torch.Tensor], None]:

@@ -1,9 +1,10 @@
 """A layout: how quantized weights may lie in files, which decides what competes for bits and how it is solved."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from mgptq_export.allocation import (
@@ -21,7 +22,7 @@ from mgptq_export.journal import Record
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BudgetError
-from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, Segment
 
 __all__ = [
     "BITS_WINDOW",
@@ -33,6 +34,7 @@ __all__ = [
     "SolvedGroup",
     "check_delivered",
     "decide",
+    "stacked_rows",
 ]
 
 BITS_WINDOW = 0.05
@@ -193,3 +195,12 @@ def check_delivered(delivered: float, recipe: Recipe, unit: str) -> None:
             f"{recipe.bits} stored bits per weight cannot be met closely: {unit} of this model are so coarse that "
             f"{delivered:.4f} is the most that fits; ask for that"
         )
+
+
+def stacked_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """One matrix of parts that were solved alike, each some rows of it."""
+    segments = tuple(
+        Segment(same[0].format, np.concatenate([segment.data for segment in same]))
+        for same in zip(*(part.segments for part in parts), strict=True)
+    )
+    return replace(parts[0], rows=sum(part.rows for part in parts), segments=segments)

@@ -1,21 +1,28 @@
 """The column layout, of container and ONNX: permuted columns, every 64-column block in a format of its own."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 
 from mgptq_export.allocation import BlockProblem, InputColumns, LinearProblem
 from mgptq_export.families import GroupModules
-from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, SolvedGroup, check_delivered, decide
+from mgptq_export.layouts.base import (
+    Allocated,
+    Attempt,
+    Calibration,
+    Reach,
+    SolvedGroup,
+    check_delivered,
+    decide,
+    stacked_rows,
+)
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_export.solver import factorize, pack_linear, solve_blockwise
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.progress import track
-from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, Segment, permutation_dtype
+from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, permutation_dtype
 
 __all__ = ["ColumnLayout"]
 
@@ -65,6 +72,7 @@ class ColumnLayout:
             linears=list(linear_problems(source, calibration, orders, recipe)),
             formats=tuple(sorted(recipe.formats, key=lambda name: FORMATS[name].bits_per_weight)),
             budget=room - (permutations if permuted else 0),
+            world=source.world,
         )
         allocated = decide(problem, orders, recipe, attempt)
         delivered = (problem.stored_bits(allocated.formats) + (permutations if permuted else 0)) / weights
@@ -137,12 +145,7 @@ class ColumnLayout:
 
 def by_rows(weight: torch.Tensor, solve: Callable[[torch.Tensor], QuantizedLinear]) -> QuantizedLinear:
     """Solve a large matrix some rows at a time, which do not depend on one another."""
-    parts = [solve(part) for part in weight.split(max(1, NUMBERS_AT_ONCE // weight.shape[1]))]
-    segments = tuple(
-        Segment(same[0].format, np.concatenate([segment.data for segment in same]))
-        for same in zip(*(part.segments for part in parts), strict=True)
-    )
-    return replace(parts[0], rows=len(weight), segments=segments)
+    return stacked_rows([solve(part) for part in weight.split(max(1, NUMBERS_AT_ONCE // weight.shape[1]))])
 
 
 def _permutation_bits(group: GroupModules) -> int:
@@ -162,14 +165,21 @@ def linear_problems(
 ) -> Iterator[LinearProblem]:
     """All linears in forward order, columns in the given orders."""
     layers = len(source.layers)
+
+    def of_layer(index: int) -> list[InputColumns]:
+        found = []
+        for group in source.layer_groups(index):
+            statistics = calibration.statistics.groups[group.name]
+            order = statistics.order[orders[group.name]]
+            factor = factorize(statistics.measured, order, recipe.damping, group.name)
+            found.append(InputColumns.of_factor(factor.upper))
+        return found
+
     with track("Factorizing Hessians", layers) as advance:
-        for index in range(layers):
-            for group in source.layer_groups(index):
+        for index, columns in enumerate(source.world.map(of_layer, range(layers))):
+            for group, inputs in zip(source.layer_groups(index), columns, strict=True):
                 statistics = calibration.statistics.groups[group.name]
-                order = orders[group.name]
-                factor = factorize(statistics.measured, statistics.order[order], recipe.damping, group.name)
-                inputs = InputColumns.of_factor(factor.upper)
                 for name, module in group.modules.items():
-                    sensitivity = statistics.sensitivity[name]
+                    sensitivity, order = statistics.sensitivity[name], orders[group.name]
                     yield LinearProblem(name, index, layers, module.weight.detach(), order, inputs, sensitivity)
             advance()

@@ -60,7 +60,7 @@ class TensorLayout:
         weights = sum(linear.rows * linear.columns for linear in linears)
         columns = {linear.name: linear.columns for linear in linears}
         tensors = file_tensors(columns, source.family.gguf_fused, types_of(source, recipe))
-        problem = TensorProblem(linears, tensors, int(recipe.bits * weights))
+        problem = TensorProblem(linears, tensors, int(recipe.bits * weights), source.world)
         allocated = decide(problem, orders, recipe, attempt)
         check_delivered(problem.stored_bits(allocated.formats) / weights, recipe, "tensors")
         return allocated

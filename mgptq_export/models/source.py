@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
+from mgptq_export.distributed import ALONE, World
 from mgptq_export.families import Family, GroupModules, family_of
 from mgptq_export.memory import IN_MEMORY, Memory
 from mgptq_export.models.folder import check_folder, check_small_files, read_config
@@ -60,6 +61,7 @@ class SourceModel:
         tokenizer: the same, loaded; None where the source has none.
         memory: keeps the weights, and what is as large.
         origin: ``source`` by name, ``base_model`` on the hub and the license, where known.
+        world: the processes that work on it together, each with all of its weights.
     """
 
     name: str
@@ -71,6 +73,7 @@ class SourceModel:
     tokenizer: Tokenizer | None
     memory: Memory = IN_MEMORY
     origin: Mapping[str, str] = field(default_factory=dict)
+    world: World = ALONE
     _temporary: TemporaryDirectory | None = None
 
     def copy(self) -> "SourceModel":

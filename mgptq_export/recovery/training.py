@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean
@@ -10,9 +11,10 @@ from statistics import mean
 import torch
 
 from mgptq_export.compute import compute_dtype
+from mgptq_export.distributed import ALONE, World
 from mgptq_export.journal import FORGETFUL, Journal, Record
 from mgptq_export.models import SourceModel, load_quantized_weights
-from mgptq_export.recovery.optimizer import RelativeAdam, cosine
+from mgptq_export.recovery.optimizer import RelativeAdam, Trained, cosine
 from mgptq_export.recovery.student import Student, trainable
 from mgptq_export.recovery.teacher import Teacher
 from mgptq_runtime.errors import NumericalError
@@ -90,15 +92,15 @@ def recover(
     if steps <= 0 and minutes is None:
         return Recovered(quantized)
     dtype = dtype or compute_dtype(source.model.device)
-    per_step = max(1, batch_tokens // tokens.shape[1])
+    per_step, world = max(1, batch_tokens // tokens.shape[1]), source.world
     with trainable(source, quantized, dtype) as student:
         if minutes is not None:
             seconds, batch = 60 * minutes, tokens[:per_step].to(source.model.device)
             fitting = partial(_steps_within, seconds, student, original, batch, dtype)
             steps = journal.once("recovery-steps", lambda: Record(facts=fitting())).facts
-        chosen, batches = _draw(len(tokens), steps, per_step, seed)
+        chosen, batches = _draw(len(tokens), steps, per_step, seed, world)
         tokens = tokens[chosen].to(source.model.device)
-        losses = _Losses(student, Teacher(original, tokens, dtype), tokens)
+        losses = _Losses(student, Teacher(original, tokens, dtype), tokens, per_step)
         checked = batches[:CHECKED_BATCHES]
         before = losses.mean(checked)
         divergences = _train(student, losses, batches, learning_rate, journal)
@@ -117,53 +119,75 @@ def _steps_within(
     seconds: float, student: Student, original: SourceModel, batch: torch.Tensor, dtype: torch.dtype
 ) -> int:
     """How many steps on batches like this one take so long; nothing is trained."""
-    all_places = torch.arange(len(batch))
-    _Losses(student, Teacher(original, batch, dtype), batch).on(all_places).backward()  # the first one takes longer
+    trained, world = student.trained(), student.source.world
+
+    def gradients() -> None:
+        losses = _Losses(student, Teacher(original, batch, dtype), batch, len(batch))
+        losses.on(world.share(torch.arange(len(batch))))[0].backward()
+        _sum_gradients(trained, world)
+
+    gradients()  # the first one takes longer
     start = time.monotonic()
-    _Losses(student, Teacher(original, batch, dtype), batch).on(all_places).backward()
+    gradients()
     each = time.monotonic() - start
-    for one in student.trained():
+    for one in trained:
         one.values.grad = None
-    return max(1, int(seconds / each))
+    return world.from_first(lambda: max(1, int(seconds / each)))
 
 
 class _Losses:
-    """The loss on a batch, a set of sequences of the text by number."""
+    """The loss on a batch of ``per_step`` sequences, of which this rank has those with the given numbers."""
 
-    def __init__(self, student: Student, teacher: Teacher, tokens: torch.Tensor) -> None:
+    def __init__(self, student: Student, teacher: Teacher, tokens: torch.Tensor, per_step: int) -> None:
         self._student, self._teacher, self._tokens = student, teacher, tokens
+        self._per_step = per_step
 
-    def on(self, batch: torch.Tensor) -> torch.Tensor:
-        """The differentiable loss."""
+    def on(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The differentiable part that is this rank's, and the whole loss."""
+        loss = self._share(batch) if len(batch) else torch.zeros((), device=self._tokens.device, requires_grad=True)
+        whole = loss.detach().clone()
+        self._student.source.world.sum_(whole)
+        if not math.isfinite(whole.item()):
+            raise NumericalError(
+                f"the loss of recovery is {whole.item()}; take a lower learning rate, or check the model and the text"
+            )
+        return loss, whole.item()
+
+    def _share(self, batch: torch.Tensor) -> torch.Tensor:
         states = self._teacher.states[batch.to(self._teacher.states.device)].to(self._tokens.device)
         head = self._teacher.head.to(self._tokens.device)
-        loss = self._student.loss(self._tokens[batch.to(self._tokens.device)], states, head)
-        if not math.isfinite(loss.item()):
-            raise NumericalError(
-                f"the loss of recovery is {loss.item()}; take a lower learning rate, or check the model and the text"
-            )
-        return loss
+        mean = self._student.loss(self._tokens[batch.to(self._tokens.device)], states, head)
+        return mean * (len(batch) / self._per_step)
 
     @torch.no_grad()
     def mean(self, batches: list[torch.Tensor]) -> float:
         """Mean loss over batches."""
-        return sum(self.on(batch).item() for batch in batches) / len(batches)
+        return sum(self.on(batch)[1] for batch in batches) / len(batches)
 
 
-def _draw(sequences: int, steps: int, per_step: int, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The sequences that are used, and batches as places among these: all sequences once before any comes again."""
+def _draw(
+    sequences: int, steps: int, per_step: int, seed: int, world: World = ALONE
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The sequences that this rank uses, and its part of every batch as places among these.
+
+    All sequences come once before any comes again.
+    """
     generator = torch.Generator().manual_seed(seed)
     wanted = steps * per_step
     epochs = [torch.randperm(sequences, generator=generator) for _ in range(math.ceil(wanted / sequences))]
-    chosen, places = torch.cat(epochs)[:wanted].unique(return_inverse=True)
-    return chosen, list(places.split(per_step))
+    mine = [world.share(batch) for batch in torch.cat(epochs)[:wanted].split(per_step)]
+    chosen, places = torch.cat(mine).unique(return_inverse=True)
+    if not len(chosen):  # more ranks than sequences in a batch; the teacher cannot read nothing
+        chosen = torch.zeros(1, dtype=torch.int64)
+    return chosen, list(places.split([len(batch) for batch in mine]))
 
 
 def _train(
     student: Student, losses: _Losses, batches: list[torch.Tensor], learning_rate: float, journal: Journal
 ) -> tuple[float, ...]:
     """Take all steps that the journal does not hold: the loss of each batch."""
-    optimizer = RelativeAdam(student.trained())
+    trained = student.trained()
+    optimizer = RelativeAdam(trained)
     steps = len(batches)
     warm_up = int(steps * WARM_UP_SHARE)
     taken = journal.get("recovery")
@@ -177,13 +201,24 @@ def _train(
             if step < done:
                 advance()
                 continue
-            loss = losses.on(batch)
+            loss, whole = losses.on(batch)
             loss.backward()
+            _sum_gradients(trained, student.source.world)
             optimizer.step(learning_rate * cosine(step, steps, warm_up))
-            divergences.append(loss.item())
-            logger.debug("recovery step %d: KL divergence %.4f", step, loss.item())
+            divergences.append(whole)
+            logger.debug("recovery step %d: KL divergence %.4f", step, whole)
             report(f"KL divergence {mean(divergences[-SHOWN_STEPS:]):.4f}")
             if (step + 1) % KEPT_EVERY == 0:
                 journal.put("recovery", Record(optimizer.state(), divergences))
             advance()
     return tuple(divergences)
+
+
+def _sum_gradients(trained: Sequence[Trained], world: World) -> None:
+    """Give every rank the gradients of the whole batch."""
+    if world.size == 1:
+        return
+    for one in trained:
+        gradient = torch.zeros_like(one.values) if one.values.grad is None else one.values.grad
+        world.sum_(gradient)
+        one.values.grad = gradient

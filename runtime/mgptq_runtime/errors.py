@@ -12,6 +12,7 @@ __all__ = [
     "CalibrationError",
     "CheckError",
     "ContainerError",
+    "DistributedError",
     "MgptqError",
     "NumericalError",
     "OutOfMemoryError",
@@ -47,6 +48,10 @@ class NumericalError(MgptqError):
 
 class OutOfMemoryError(MgptqError):
     """The machine, or its GPU, has too little memory for what was asked."""
+
+
+class DistributedError(MgptqError):
+    """Another process of a run that several share has ended, hangs or cannot be reached."""
 
 
 class OutputExistsError(MgptqError):

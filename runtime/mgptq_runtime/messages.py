@@ -23,7 +23,11 @@ def error_message(error: BaseException) -> str:
     return printable(text)
 
 
-def error_line(error: BaseException) -> str:
-    """What a command says before it ends: the error, and the name that the documentation has it under."""
+def error_line(error: BaseException, where: str = "") -> str:
+    """What a command says before it ends: the error, and the name that the documentation has it under.
+
+    Args:
+        where: said right behind the word error.
+    """
     name = f" [{type(error).__name__}]" if isinstance(error, MgptqError) else ""
-    return f"error: {error_message(error)}{name}"
+    return f"error{where}: {error_message(error)}{name}"

@@ -22,7 +22,7 @@ from mgptq_runtime.check import DEFAULT_BOUNDS
 
 GUIDE = page("docs/guide.md")
 README = page("README.md")
-PAGES = ("README.md", "docs/guide.md", "docs/troubleshooting.md", "docs/targets.md")
+PAGES = ("README.md", "docs/guide.md", "docs/troubleshooting.md", "docs/targets.md", "docs/distributed.md")
 GROUPS = {"mgptq-export": export_command.cli, "mgptq-run": run_command.cli}
 
 # K-quants need rows of 256, and a budget below 3 bits needs types that fit.
@@ -99,6 +99,8 @@ def follow(words: Sequence[str], started: Sequence[str] | None = None) -> None:
         if "--resume" in words:
             stop(started or [word for word in words if word != "--resume"])
         type_in(words)
+    elif words[0] == "torchrun":  # several processes have tests of their own
+        follow(["mgptq-export", *words[words.index("mgptq_export") + 1 :]])
     elif words[0] == "make":
         assert all(f"\n{target}: " in page("Makefile") for target in words[1:]), words
     elif words[:2] == ["pip", "install"]:
