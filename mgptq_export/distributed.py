@@ -127,7 +127,7 @@ class _Ranks(World):
 
     def _unpack(self, packed: bytes) -> Any:
         def here(storage: Any, location: str) -> Any:
-            return storage if location == "cpu" else storage.to(self.device)
+            return storage if location == "cpu" else storage.cuda(self.device.index)
 
         return torch.load(io.BytesIO(packed), map_location=here, weights_only=False)
 

@@ -27,6 +27,7 @@ from mgptq_export.checkpoint import read_checkpoint
 from mgptq_export.distributed import World
 from mgptq_export.launch import Launch
 from mgptq_export.layouts import LAYOUTS, stacked_rows
+from mgptq_export.manifest import read_manifest, verify
 from mgptq_export.models import load_shape, load_source
 from mgptq_export.quantize import _rows_of, calibrate, round_to_nearest
 from mgptq_export.recipe import Recipe
@@ -58,7 +59,7 @@ def at_fault(*arguments):
     return solve(*arguments)
 
 if os.environ.get("FAULT") == "hang":
-    distributed.TIMEOUT = timedelta(seconds=5)
+    distributed.TIMEOUT = timedelta(seconds=15)
 if os.environ.get("FAULT") and os.environ["RANK"] == "1":
     quantize._solve_group = at_fault
 from mgptq_export.__main__ import main
@@ -170,7 +171,7 @@ def test_ranks_decide_what_one_process_decides(desk, counted):
 
 
 def test_ranks_deliver_the_quality_of_one_process(alone, together):
-    one, two = (pipeline.read_manifest(out)["evaluation"]["results"] for out in (alone, together[0]))
+    one, two = (read_manifest(out)["evaluation"]["results"] for out in (alone, together[0]))
     assert one.keys() == two.keys()
     for name, quality in one.items():
         assert two[name]["perplexity"] == pytest.approx(quality["perplexity"], rel=1e-2)
@@ -178,9 +179,9 @@ def test_ranks_deliver_the_quality_of_one_process(alone, together):
 
 def test_only_the_first_rank_prints_and_writes(together):
     out, printed, told = together
-    assert json.loads(printed) == pipeline.read_manifest(out)
+    assert json.loads(printed) == read_manifest(out)
     assert told == ""
-    assert pipeline.verify(out) == []
+    assert verify(out) == []
     assert not out.with_name("together.unfinished").exists()
 
 
