@@ -16,6 +16,7 @@ IN_PARALLEL := -n auto --maxprocesses 4
 .PHONY: setup browser demo test quick fuzz test-arm64 lint clean
 
 setup: .venv/installed
+	@echo "everything is in .venv; to use it: . $(BIN)/activate"
 
 .venv/installed: pyproject.toml runtime/pyproject.toml tools/install.py
 	$(PYTHON) -m venv .venv

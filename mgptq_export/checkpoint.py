@@ -156,6 +156,7 @@ def write_checkpoint(
     tokenizer_folder: Path,
     repairs: Mapping[str, Any] | None = None,
     origin: Mapping[str, str] | None = None,
+    made_with: Mapping[str, int] | None = None,
 ) -> Checkpoint:
     """Write ``model`` into ``folder`` (created; must not exist).
 
@@ -164,6 +165,7 @@ def write_checkpoint(
         recipe: what the quantization was asked for, as JSON values.
         repairs: what had to be mended, by input group, as JSON values.
         origin: where the original comes from, and its license.
+        made_with: ``threads`` and ``calibration_sequences``, how many there really were.
         tokenizer_folder: holds the files of :data:`TOKENIZER_FILES`, those that exist are copied.
     """
     folder.mkdir(parents=True)
@@ -176,11 +178,14 @@ def write_checkpoint(
         "bits_stored": model.bits_stored,
         "recipe": dict(recipe),
         "repairs": dict(repairs or {}),
+        "made_with": dict(made_with or {}),
         **description,
     }
     full_config: dict[str, Any] = {**config, "quantization_config": quantization_config}
-    save_file({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(full_config, indent=2) + "\n")
+    weights, settings = folder / "model.safetensors", folder / "config.json"
+    save_file({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}, weights)
+    settings.write_text(json.dumps(full_config, indent=2) + "\n")
+    weights.chmod(settings.stat().st_mode)  # safetensors lets nobody else read what it writes
     copy_tokenizer(tokenizer_folder, folder)
     drop_tokens_beyond(folder / "tokenizer.json", model.embedding.rows)
     return Checkpoint(folder, model, full_config)

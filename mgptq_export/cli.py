@@ -173,6 +173,7 @@ BUDGET = _options(
         "48MiB or a number of bytes. Of ONNX that is model.onnx and model.onnx.data.",
     ),
 )
+FAST_OPTIONS = ", ".join(f"--{name.replace('_', '-')} {FAST[name]:g}" for name in FAST if name != "training_steps")
 METHOD = _options(
     click.option("--allocator", type=click.Choice(ALLOCATORS), default=Recipe.allocator, show_default=True),
     click.option(
@@ -213,7 +214,7 @@ METHOD = _options(
         metavar="MINUTES",
         help="Train that long instead, for each layout of weights; the package records the steps taken.",
     ),
-    click.option("--fast", is_flag=True, help="For a first look: less calibration, fewer trials, a short recovery."),
+    click.option("--fast", is_flag=True, help=f"For a first look: {FAST_OPTIONS}, where they are not given."),
 )
 RECIPE = _options(BUDGET, METHOD)
 
@@ -521,7 +522,8 @@ def verify(package: Path, as_json: bool) -> None:
     else:
         for one in differences:
             click.echo(f"{one['path']} {one['problem']}")
-        click.echo(f"{len(differences)} differences" if differences else "all files are as the manifest says")
+        count = f"{len(differences)} difference{'s' * (len(differences) > 1)}"
+        click.echo(count if differences else "all files are as the manifest says")
     if differences:
         sys.exit(1)
 
@@ -666,7 +668,9 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
         console.print(_evaluation_table(manifest["evaluation"]))
     results = manifest["check"].get("results", {})
     for name, result in results.items():
-        console.print(f"check on {name}: {'passed' if result['passed'] else 'FAILED, see manifest.json'}")
+        console.print(
+            f"check on {name} when it was made: {'passed' if result['passed'] else 'FAILED, see manifest.json'}"
+        )
     if any(file["path"] == "report.html" for file in manifest["files"]):
         console.print(f"open {out / 'report.html'} to look at it", soft_wrap=True, markup=False)
     if results:

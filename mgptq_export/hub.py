@@ -35,6 +35,8 @@ def push(package: Path, repository: str, *, private: bool = False, endpoint: str
         raise PackageError(
             f"{package / first['path']} {first['problem']}; make the package again before it is uploaded"
         )
+    if repository.count("/") != 1:
+        raise BadInputError(f"{repository} is no name for a repository; give OWNER/NAME")
     try:
         validate_repo_id(repository)
         api = HfApi(endpoint=endpoint)

@@ -32,9 +32,14 @@ def read_manifest(package: Path) -> dict[str, Any]:
             raise TypeError("layouts are not what this program writes")
         if not all(isinstance(file["path"], str) and file["sha256"] and file["bytes"] >= 0 for file in files):
             raise TypeError("files are not what this program writes")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        found = f"holds no {MANIFEST_FILE}" if package.is_dir() else "is no folder"
         raise PackageError(
-            f"{package} is no package ({error}); make one with: mgptq-export run MODEL -o OUT"
+            f"{package} is no package: it {found}; make one with: mgptq-export run MODEL -o OUT"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise PackageError(
+            f"{package / MANIFEST_FILE} cannot be read ({error}); copy the package again, or make it again"
         ) from error
     return manifest
 

@@ -1,6 +1,7 @@
 """Where packages are written: folders that appear whole or not at all, and the work of runs that were stopped."""
 
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from mgptq_runtime.package import MANIFEST_FILE
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
 __all__ = ["MANIFEST_KEYS", "SWEEP_FILE", "UnfinishedRun", "new_folder", "reason", "unfinished_run"]
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_KEYS = {"name", "bits", "layouts", "targets", "files"}
 SWEEP_FILE = "sweep.json"
@@ -101,6 +104,8 @@ def unfinished_run(out: Path, *, overwrite: bool, resume: bool) -> Iterator[Unfi
     with _claimed(work, out):
         journal = Journal(work / "journal")
         resumed = resume and not journal.empty
+        if resume and not resumed:
+            logger.warning("there is nothing to resume of %s: starting from the beginning", out)
         if not resumed:
             _discard(work, journal, overwrite, out)
         package = work / "package"

@@ -138,7 +138,8 @@ def _manifest(solved: Sequence[Solved], targets: Sequence[str]) -> dict[str, Any
         "layouts": {one.layout.name: _layout_json(one) for one in solved},
         "targets": list(targets),
         "recipe": solved[0].recipe,
-        "threads": torch.get_num_threads(),
+        "threads": solved[0].made_with.get("threads", torch.get_num_threads()),
+        "calibration_sequences": solved[0].made_with.get("calibration_sequences"),
         "versions": versions(),
         "check": {
             "bounds": {name: asdict(bounds) for name, bounds in DEFAULT_BOUNDS.items()},

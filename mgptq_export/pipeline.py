@@ -264,7 +264,8 @@ def export(
     # What is taken over must be what was written: the new manifest would vouch for damage.
     replaced = {target_named(target).path for target in targets}
     verify_files(package, [file for file in known["files"] if top_folder(file) not in replaced])
-    with new_folder(out or package, overwrite or out is None) as folder:
+    names = ["export"] + ["check"] * runs_on_backends([*known["targets"], *targets])
+    with new_folder(out or package, overwrite or out is None) as folder, stages(names):
         shutil.copytree(package, folder, dirs_exist_ok=True)
         for target in targets:
             _remove(folder / target_named(target).path)

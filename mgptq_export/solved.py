@@ -34,8 +34,13 @@ class Solved:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What it was made by, as JSON values."""
+        """What it was asked for, as JSON values."""
         return self.checkpoint.config["quantization_config"]["recipe"]  # type: ignore[no-any-return]
+
+    @property
+    def made_with(self) -> dict[str, int]:
+        """``threads`` and ``calibration_sequences``; empty for checkpoints that do not say."""
+        return self.checkpoint.config["quantization_config"].get("made_with", {})  # type: ignore[no-any-return]
 
 
 def save_solved(
@@ -54,7 +59,7 @@ def save_solved(
         folder: of the package, which holds no model of this layout.
         source: holds the weights of ``model``, dequantized.
         recipe: what ``model`` was made by.
-        tokens: int64 [samples, sequence], of which golden vectors are made.
+        tokens: the calibration set, int64 [samples, sequence], of which golden vectors are made.
         repairs: what had to be mended, for the manifest.
         history: what was found on the way, for the report.
     """
@@ -66,6 +71,7 @@ def save_solved(
         recipe=recipe.to_json(),
         repairs=repairs,
         origin=source.origin,
+        made_with={"threads": torch.get_num_threads(), "calibration_sequences": len(tokens)},
         tokenizer_folder=source.tokenizer_folder,
     )
     golden = make_golden(source.model, tokens)

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 TEXT_FILES = "give a .txt file in UTF-8, or a .jsonl file with an object on every line, its field 'text' a string"
-FEW_SEQUENCES = 16
 CACHE_BYTES = 1 << 30
 
 
@@ -78,8 +77,13 @@ def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
             f"{recipe.calibration} gives {tokens.numel()} tokens, one sequence needs {recipe.sequence_length}. "
             "Give more text, a lower --sequence-length, or --calibration self"
         )
-    if len(sequences) < min(recipe.samples, FEW_SEQUENCES):
-        logger.warning("%s gives only %d sequences; more text would help", recipe.calibration, len(sequences))
+    if len(sequences) < recipe.samples:
+        logger.warning(
+            "%s gives only %d calibration sequences, %d were asked for; more text would help",
+            recipe.calibration,
+            len(sequences),
+            recipe.samples,
+        )
     chosen = sequences[torch.randperm(len(sequences), generator=generator)[: recipe.samples]]
     if not recipe.own_samples:
         return chosen

@@ -134,7 +134,7 @@ def _why_not(columns: int, name: str) -> str:
     block = GGML_FORMATS[name].block_columns
     if columns % block:
         return f"rows of {columns} are not whole blocks of {block}"
-    return "do not fit every linear, see --ggml-types"
+    return "do not fit every linear; --ggml-types lets them in"
 
 
 def types_for(columns: int, types: tuple[str, ...], name: str, *, sort: bool = True) -> tuple[str, ...]:

@@ -94,7 +94,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise BadInputError(f"{folder} holds no config.json: not a Hugging Face model folder")
+        raise BadInputError(
+            f"{folder} holds no config.json: not a Hugging Face model folder; give the one that holds it"
+        )
     try:
         config = parse_json_object(_read(path))
     except ValueError as error:

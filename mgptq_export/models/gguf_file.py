@@ -110,7 +110,10 @@ def read_gguf_file(path: Path) -> GgufModel:
 
 def _read(path: Path, cursor: Cursor) -> GgufModel:
     if cursor.buffer[:4] != MAGIC:
-        cursor.fail(f"found {cursor.buffer[:4]!r}, a GGUF file starts with {MAGIC!r}")
+        raise BadInputError(
+            f"{path} is no model: not a readable GGUF file, which starts with {MAGIC!r}; give a folder with "
+            "config.json and safetensors, a .gguf file, or a hub id"
+        )
     cursor.offset = 4
     version = cursor.unpack("I", "the version")
     if version not in VERSIONS:

@@ -355,7 +355,7 @@ def _check_architecture(cursor: Cursor, metadata: Mapping[str, MetadataValue], a
         cursor.fail(
             f"general.architecture is {_describe(found)}; only {architecture!r} containers run here",
             None if found is None else found.offset,
-            "make one with: mgptq-export run MODEL -o OUT",
+            "give a package or its model.mgptq.gguf, or make one with: mgptq-export run MODEL -o OUT",
         )
 
 

@@ -86,7 +86,7 @@ def rewritten(add: Callable[[gguf.GGUFWriter], object]) -> Break:
 EMBEDDING = b"token_embd.weight"
 SHAPE, TYPE, OFFSET = 4, 20, 24  # of a tensor of two dimensions, behind its name
 GGUF_CASES: dict[str, Case] = {
-    "not GGUF": (at(0, b"GGML"), BadInputError, "found b'GGML', a GGUF file starts with b'GGUF'"),
+    "not GGUF": (at(0, b"GGML"), BadInputError, "is no model: not a readable GGUF file, which starts with b'GGUF'"),
     "empty": (lambda path: path.write_bytes(b""), BadInputError, "not a readable GGUF file"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), BadInputError, "the file at .*; it is cut"),
     "big endian": (at(4, b"\0\0\0\3"), BadInputError, "supported are 2 and 3, little endian"),

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from mgptq_export import cli as command
@@ -104,6 +105,31 @@ def test_quantize_then_export(even_model, tmp_path):
     assert invoke_json("export", out, "--targets", "container")["targets"] == ["container"]
     elsewhere = invoke_json("export", out, "--targets", "container", "-o", tmp_path / "elsewhere")
     assert elsewhere["files"] == json.loads((out / "manifest.json").read_text())["files"]
+
+
+def test_what_weights_were_made_with_stays_when_more_is_exported(even_model, text_file, tmp_path):
+    out = tmp_path / "out"
+    short = ("--samples", 9999, "--sequence-length", 64, "--own-samples", 1, "--calibration", text_file)
+    made = invoke_json("quantize", even_model, "-o", out, *QUICK, *short)
+    assert made["threads"] == 1 and made["recipe"]["samples"] == 9999
+    assert 1 < made["calibration_sequences"] < 9999
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        exported = invoke_json("export", out, "--targets", "container")
+    finally:
+        torch.set_num_threads(threads)
+    assert {key: exported[key] for key in ("threads", "calibration_sequences")} == {
+        key: made[key] for key in ("threads", "calibration_sequences")
+    }
+
+
+def test_everybody_may_read_a_package_who_may_read_what_one_writes(made, tmp_path):
+    (tmp_path / "plain").write_text("")
+    usual = (tmp_path / "plain").stat().st_mode
+    assert {path.name: oct(path.stat().st_mode) for path in made.rglob("*") if path.is_file()} == {
+        path.name: oct(usual) for path in made.rglob("*") if path.is_file()
+    }
 
 
 def test_inspect_shows_every_kind_of_linear(made):
@@ -241,7 +267,7 @@ def test_verify_passes_or_fails_by_the_files(package, tmp_path):
     (copied / "quantized/config.json").unlink()
     result = invoke("verify", copied)
     assert result.exit_code == 1
-    assert result.stdout == "quantized/config.json is missing\n1 differences\n"
+    assert result.stdout == "quantized/config.json is missing\n1 difference\n"
 
 
 def test_errors_that_are_no_users_fault_keep_their_traceback(monkeypatch):

@@ -223,7 +223,7 @@ def test_the_command_says_sizes_and_what_each_row_length_allows(tmp_path):
         "  not q2_k, q3_k, q4_k, q6_k: rows of 128 are not whole blocks of 256",
         "llama.cpp: rows of 512 (ffn_down)",
         "  take q1_0, q2_0, q4_0, q8_0",
-        "  not q2_k, q3_k, q4_k, q6_k: do not fit every linear, see --ggml-types",
+        "  not q2_k, q3_k, q4_k, q6_k: do not fit every linear; --ggml-types lets them in",
     ]
 
 

@@ -130,6 +130,12 @@ def stopped(model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
     return tmp_path / "out"
 
 
+def test_resuming_nothing_is_told(model, text_file, tmp_path, caplog):
+    recipe = replace(RECIPE, allocator="uniform", calibration=str(text_file))
+    pipeline.run(str(model), tmp_path / "out", recipe, ["container"], resume=True)
+    assert "there is nothing to resume" in caplog.text
+
+
 def test_a_stopped_run_is_not_thrown_away_unasked(model, text_file, stopped):
     before = contents(stopped.parent)
     recipe = replace(LONG, calibration=str(text_file))
