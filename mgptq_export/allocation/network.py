@@ -57,8 +57,8 @@ class AllocatorNetwork(nn.Module):
 
     def forward(self, graph: ModelGraph, log_costs: torch.Tensor) -> Correction:
         """Corrections of ``log_costs``, normalized estimates: float32 [units, formats]."""
-        columns = functional.silu(self.first(graph.features, graph.edge_index, graph.edge_weight))
-        columns = functional.silu(self.second(columns, graph.edge_index, graph.edge_weight))
+        columns = functional.silu(self.first(graph.features, graph.adjacency))
+        columns = functional.silu(self.second(columns, graph.adjacency))
         units = scatter(columns, graph.unit_of_node, dim=0, dim_size=len(graph.tensor_of_unit), reduce="mean")
         tensors = scatter(units, graph.tensor_of_unit, dim=0, dim_size=graph.tensors, reduce="mean")
         tensors = functional.silu(self.between_tensors(tensors, graph.tensor_edges))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch_geometric.utils import to_edge_index
 
 from mgptq_export.allocation import (
     Allocation,
@@ -327,9 +328,9 @@ def test_linears_of_one_group_share_edges_and_stay_apart(linears):
     assert graph.features.shape == (sum(columns), FEATURES + 3)  # q, k and down
     assert torch.isfinite(graph.features).all()
     linear_of_node = torch.repeat_interleave(torch.arange(len(linears)), torch.tensor(columns))
-    source, target = graph.edge_index
+    (target, source), _ = to_edge_index(graph.adjacency)
     assert torch.equal(linear_of_node[source], linear_of_node[target])
-    first, second = (graph.edge_index[:, linear_of_node[target] == i] for i in (0, 1))
+    first, second = (torch.stack([source, target])[:, linear_of_node[target] == i] for i in (0, 1))
     assert torch.equal(first, second - 256)
     assert graph.tensor_of_unit.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
     per_unit = torch.bincount(graph.unit_of_node).tolist()
