@@ -1,9 +1,9 @@
 """Quantizing a model: calibrate, allocate, solve. Everything here works on a loaded model."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import Any
 
@@ -56,6 +56,9 @@ Repairs = dict[str, dict[str, Any]]
 """What had to be mended, by input group: ``damping``, where the Hessian needed more than the recipe's; how many
 ``dead_columns`` never had any input; how many ``scales_at_limit`` would not fit a float16, or belong to zeros."""
 
+Tables = tuple[QuantizedLinear, QuantizedLinear | None]
+"""Embedding and head; None where these are one matrix."""
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -94,10 +97,13 @@ def quantize(
     if calibration is None:
         calibration = calibrate(source, recipe)
     numbers = count(1)
+    # No trial changes what these are made of.
+    tables = cache(partial(_solve_tables, source, calibration.statistics.head.hessian, recipe, layout))
 
     def attempt(allocated: Allocated) -> Trial:
         trial = journal.once(
-            f"trial-{next(numbers)}", lambda: _attempt(source, calibration, recipe, layout, allocated).to_record()
+            f"trial-{next(numbers)}",
+            lambda: _attempt(source, calibration, recipe, layout, allocated, tables).to_record(),
         )
         return Trial.from_record(trial)
 
@@ -108,17 +114,22 @@ def quantize(
         allocated = Allocated.from_record(journal.once("allocation", allocate), source.model.device)
     repairs: Repairs = {}
     with stage("solve"):
-        model = solve(source, calibration, allocated, recipe, layout, journal=journal, repairs=repairs)
+        model = solve(source, calibration, allocated, recipe, layout, journal=journal, repairs=repairs, tables=tables)
         report(f"{model.bits_stored:.4f} stored bits per weight")
     return Quantization(model, calibration.tokens, allocated.decision, repairs)
 
 
 def _attempt(
-    source: SourceModel, calibration: Calibration, recipe: Recipe, layout: Layout, allocated: Allocated
+    source: SourceModel,
+    calibration: Calibration,
+    recipe: Recipe,
+    layout: Layout,
+    allocated: Allocated,
+    tables: Callable[[], Tables],
 ) -> Trial:
     """Quantize a copy of the model as told, and measure it on text that its calibration has not seen."""
     working = source.copy()
-    solve(working, calibration, allocated, recipe, layout, propagate=False)
+    solve(working, calibration, allocated, recipe, layout, propagate=False, tables=tables)
     attribution = attribute(source, working, calibration.held_out)
     return Trial(attribution.divergence, attribution.losses)
 
@@ -229,6 +240,7 @@ def solve(
     propagate: bool = True,
     journal: Journal = FORGETFUL,
     repairs: Repairs | None = None,
+    tables: Callable[[], Tables] | None = None,
 ) -> QuantizedModel:
     """Quantize the weights, layer after layer.
 
@@ -240,10 +252,12 @@ def solve(
             worse; ranks deal out the layers.
         journal: with ``propagate``, input groups that have been quantized before, and where to keep those that are now.
         repairs: gets what had to be mended.
+        tables: gives embedding and head, where they may have been solved before.
     """
     repairs = {} if repairs is None else repairs
     original = source.copy() if propagate and recipe.drift_correction else None
-    embedding, head = _solve_tables(source, calibration.statistics.head.hessian, recipe, layout)
+    embedding, head = tables() if tables else _solve_tables(source, calibration.statistics.head.hessian, recipe, layout)
+    _replace_tables(source, embedding, head)
     flow = DriftFlow(source, original, calibration.tokens) if propagate else None
 
     def solved_in_turn(flow: DriftFlow, index: int, group: GroupModules) -> Record:
@@ -314,6 +328,7 @@ def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> Quantized
             groups.append(_replace_group(source, group, _solve_group(group, plain, allocated, recipe, COLUMNS)))
         identity = torch.eye(source.model.lm_head.in_features, device=source.model.device)
         embedding, head = _solve_tables(source, identity, recipe, COLUMNS)
+    _replace_tables(source, embedding, head)
     return _quantized_model(source, groups, embedding, head)
 
 
@@ -384,20 +399,23 @@ def _replace_group(source: SourceModel, group: GroupModules, record: Record) -> 
     return solved
 
 
-def _solve_tables(
-    source: SourceModel, hessian: torch.Tensor, recipe: Recipe, layout: Layout
-) -> tuple[QuantizedLinear, QuantizedLinear | None]:
+def _solve_tables(source: SourceModel, hessian: torch.Tensor, recipe: Recipe, layout: Layout) -> Tables:
     """Embedding and head; a tied matrix is solved once, as the head, whose error counts for every token."""
-    model = source.model
 
     def solved(name: str, module: nn.Module, hessian: torch.Tensor) -> QuantizedLinear:
         weight: Any = module.weight
         mine = weight.detach()[source.world.rows(len(weight))].float()
-        table = stacked_rows(source.world.gather(layout.solve_table(name, mine, hessian, recipe)))
-        load_dequantized(source, module, table)
-        return table
+        return stacked_rows(source.world.gather(layout.solve_table(name, mine, hessian, recipe)))
 
+    model = source.model
     if source.tied:
         return solved("token_embd", model.lm_head, hessian), None
     plain = torch.eye(hessian.shape[0], device=hessian.device)
     return solved("token_embd", model.model.embed_tokens, plain), solved("output", model.lm_head, hessian)
+
+
+def _replace_tables(source: SourceModel, embedding: QuantizedLinear, head: QuantizedLinear | None) -> None:
+    """Replace the weights of embedding and head by quantized ones."""
+    load_dequantized(source, source.model.model.embed_tokens, embedding)
+    if head is not None:
+        load_dequantized(source, source.model.lm_head, head)

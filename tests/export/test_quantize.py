@@ -56,6 +56,21 @@ def recounted_bits(model: QuantizedModel) -> float:
     return stored / weights
 
 
+def test_embedding_and_head_are_solved_once_however_many_trials_there_are(odd_model, monkeypatch):
+    names, solve = [], type(COLUMNS).solve_table
+    monkeypatch.setattr(
+        type(COLUMNS), "solve_table", lambda self, name, *rest: names.append(name) or solve(self, name, *rest)
+    )
+    source = load_source(str(odd_model))
+    result = quantize(source, replace(RECIPE, trials=3, bits=2.6))
+    assert len(result.decision.divergences) > 1 and names == ["token_embd", "output"]
+    for module, solved in (
+        (source.model.model.embed_tokens, result.model.embedding),
+        (source.model.lm_head, result.model.head),
+    ):
+        assert torch.equal(module.weight, torch.from_numpy(solved.dequantize()))
+
+
 # The budget
 
 
