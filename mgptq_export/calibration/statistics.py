@@ -11,6 +11,7 @@ from torch import nn
 
 from mgptq_export.calibration.flow import LayerFlow
 from mgptq_export.calibration.head import backward_through_head
+from mgptq_export.calibration.text import drawn
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.hooks import hooked
 from mgptq_export.journal import FORGETFUL, Journal, Record
@@ -173,5 +174,5 @@ def _drawn_loss(generator: torch.Generator, logits: torch.Tensor, positions: sli
     if not torch.isfinite(logits).all():
         raise NumericalError("the model's logits are NaN or infinite on the calibration text; check the model")
     probabilities = torch.softmax(logits.detach(), -1).cpu()
-    labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+    labels = drawn(probabilities, generator).squeeze(1).to(logits.device)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mgptq_export.compute import compute_dtype
 from mgptq_export.families.base import head_size
@@ -15,7 +16,7 @@ from mgptq_runtime.perplexity import read_text
 from mgptq_runtime.progress import Advance, track
 from mgptq_runtime.tokenizer import encode_text
 
-__all__ = ["calibration_tokens", "file_tokens", "recovery_tokens"]
+__all__ = ["cache_for", "calibration_tokens", "drawn", "file_tokens", "recovery_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -151,15 +152,14 @@ def _continued(
     ended = [] if ended is None else [ended] if isinstance(ended, int) else list(ended)
     # Some configurations keep a larger model's.
     ended = [token for token in ended if 0 <= token < model.config.vocab_size]
-    cache = None
+    cache = cache_for(model, length)
     for _ in range(length - 1):
         output = model(tokens[:, -1:].to(model.device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
         logits = output.logits[:, -1].float().cpu()
         if not torch.isfinite(logits).all():
             raise NumericalError("the model's logits are NaN or infinite on text of its own; check the model")
         logits[:, ended] = float("-inf")
-        tokens = torch.cat([tokens, _drawn(torch.softmax(logits, -1), generator)], 1)
+        tokens = torch.cat([tokens, drawn(torch.softmax(logits, -1), generator)], 1)
         advance()
     return tokens
 
@@ -171,6 +171,37 @@ def _sequences_at_once(model: Any, length: int) -> int:
     return max(1, CACHE_BYTES // (values * model.dtype.itemsize))
 
 
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of a layer, with room for all that is to come: what is there need not be copied for a token."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+        self._room: list[torch.Tensor] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **keywords: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the keys and values of some tokens, [batch, heads, tokens, size]; all so far, parts of the room."""
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        if not start:
+            self.lazy_initialization(key_states, value_states)
+            both = (key_states, value_states)
+            self._room = [one.new_empty(*one.shape[:2], self._length, one.shape[3]) for one in both]
+        for room, one in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start:stop] = one
+        self.keys, self.values = (room[:, :, :stop] for room in self._room)
+        return self.keys, self.values
+
+
+def cache_for(model: Any, length: int) -> DynamicCache:
+    """The model's own kind of cache; layers that see all of a sequence have room for ``length`` tokens."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def _for_sampling(source: SourceModel) -> Any:
     """The model, or a copy in the type that it is computed in: every token reads all weights."""
     dtype = compute_dtype(source.model.device)
@@ -179,8 +210,12 @@ def _for_sampling(source: SourceModel) -> Any:
     return source.memory.copy_of(source.model, dtype)
 
 
-def _drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One place of every row by its probability: int64 [rows, 1]. ``torch.multinomial`` takes three times as long."""
+def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One place of every row by its probability: int64 [rows, 1]. ``torch.multinomial`` takes three times as long.
+
+    Args:
+        probabilities: float32 [rows, places], on the CPU.
+    """
     sums = probabilities.cumsum(-1, dtype=torch.float64)
     chosen = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
     return torch.searchsorted(sums, chosen, right=True).clamp_max_(sums.shape[1] - 1)

@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from small_runs import RECIPE
+from transformers import DynamicCache
 
 from mgptq_export.calibration import (
     HessianAccumulator,
@@ -16,7 +17,7 @@ from mgptq_export.calibration import (
     file_tokens,
     recovery_tokens,
 )
-from mgptq_export.calibration.text import _drawn
+from mgptq_export.calibration.text import cache_for, drawn
 from mgptq_export.compute import compute_dtype
 from mgptq_export.models import SourceModel, load_source
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
@@ -88,8 +89,8 @@ def test_sensitivity_is_the_mean_squared_gradient_of_the_sampled_loss(odd_model,
             zeros[name] = torch.zeros(1, len(sequence), module.out_features, requires_grad=True)
             handles.append(module.register_forward_hook(lambda module, inputs, output, z=zeros[name]: output + z))
         logits = source.model(sequence[None]).logits[0]
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=labels)
-        loss = -logits.log_softmax(-1).gather(1, drawn).sum()
+        chosen = drawn(logits.detach().softmax(-1), labels)
+        loss = -logits.log_softmax(-1).gather(1, chosen).sum()
         for name, gradient in zip(names, torch.autograd.grad(loss, [zeros[name] for name in names]), strict=True):
             expected[name] += gradient[0].square().sum(0) / (2 * tokens.shape[1])
         for handle in handles:
@@ -170,11 +171,24 @@ def test_what_is_sampled_at_once_is_bounded(source, monkeypatch):
     assert sizes == [2] * 11 + [2] * 11 + [1] * 11
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_keys_and_values_are_those_of_the_models_own_cache(family):
+    model = tiny_models.make_model(family, attn_implementation="sdpa")
+    roomy, own = cache_for(model, 24), DynamicCache(config=model.config)
+    for step in torch.arange(72).view(3, 24).split([5, *[1] * 19], dim=1):
+        with torch.no_grad():
+            found, expected = (model(step, past_key_values=cache).logits for cache in (roomy, own))
+        assert torch.equal(found, expected)
+    pairs = list(zip(roomy.layers, own.layers, strict=True))
+    assert any(type(a) is not type(b) for a, b in pairs)
+    assert all(torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in pairs)
+
+
 def test_sampling_draws_by_probability():
     probabilities = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0]).repeat(4000, 1)
-    drawn = _drawn(probabilities, generator())
-    counts = torch.bincount(drawn[:, 0], minlength=6) / 4000
-    assert drawn.shape == (4000, 1)
+    places = drawn(probabilities, generator())
+    counts = torch.bincount(places[:, 0], minlength=6) / 4000
+    assert places.shape == (4000, 1)
     assert (counts[[0, 2, 5]] == 0).all() and (counts - probabilities[0]).abs().max() < 0.03
 
 
