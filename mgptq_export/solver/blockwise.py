@@ -80,9 +80,8 @@ def solve_blockwise(
             values[rows, span], scaled_errors[rows] = _solve_block(
                 weight[rows, span], upper[span, span], scales[rows, block], grid
             )
-        weight[:, span.stop :] -= scaled_errors @ upper[span, span.stop :]
-        live = importance[span] > 0
-        errors[:, block] = scaled_errors[:, live].double().square().sum(-1)
+        weight[:, span.stop :].addmm_(scaled_errors, upper[span, span.stop :], alpha=-1)
+        errors[:, block] = (scaled_errors * (importance[span] > 0)).square_().sum(-1, dtype=torch.float64)
     return BlockwiseSolution(values, scales, errors)
 
 

@@ -44,6 +44,8 @@ def free_scales(
         float32 [..., rows] each: scales, the error that they save, and the error of zeros.
     """
     low, high, default = _RANGES[grid.levels]
+    if grid.levels == 2 and grid.symmetric:  # signs, whatever the scale
+        candidates = 1
     weighted = importance * weight
     energy = (weighted * weight).sum(-1)
     largest = _fitting(weight, grid)
