@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["LlamaModel", "library", "logits", "quantize_rows"]
+__all__ = ["LlamaContext", "LlamaModel", "library", "logits", "quantize_rows"]
 
 _POINTER, _TEXT, _BOOL, _FLOAT = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool, ctypes.c_float
 _INT, _UNSIGNED, _LONG = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64
@@ -125,6 +125,9 @@ PROTOTYPES: dict[str, tuple] = {
     "llama_batch_free": (None, Batch),
     "llama_decode": (_INT, _POINTER, Batch),
     "llama_get_logits": (ctypes.POINTER(_FLOAT), _POINTER),
+    "llama_get_logits_ith": (ctypes.POINTER(_FLOAT), _POINTER, _INT),
+    "llama_get_memory": (_POINTER, _POINTER),
+    "llama_memory_clear": (None, _POINTER, _BOOL),
     "ggml_quantize_chunk": (ctypes.c_size_t, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER),
     **{f"llama_vocab_{name}": (_INT, _POINTER) for name in ("bos", "eos", "eot", "pad")},
 }
@@ -223,6 +226,53 @@ class LlamaModel:
         """The default chat template."""
         template = self._library.llama_model_chat_template(self.pointer, None)
         return None if template is None else template.decode()
+
+
+class LlamaContext:
+    """A text that grows, as llama.cpp computes it by default.
+
+    Args:
+        model: stays open as long as this.
+        context: how many tokens the text may have.
+        threads: for prompts as for single tokens.
+    """
+
+    def __init__(self, model: LlamaModel, context: int, threads: int) -> None:
+        self._library = library()
+        params = self._library.llama_context_default_params()
+        params.n_ctx = params.n_batch = context
+        params.n_threads = params.n_threads_batch = threads
+        self.pointer = self._library.llama_init_from_model(model.pointer, params)
+        if not self.pointer:
+            raise RuntimeError("llama.cpp makes no context for the model")
+        self._batch = self._library.llama_batch_init(context, 0, 1)
+        self._vocabulary = int(model.vocabulary_value("n_tokens"))
+        self._length = 0
+
+    def __enter__(self) -> "LlamaContext":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._library.llama_batch_free(self._batch)
+        self._library.llama_free(self.pointer)
+
+    def clear(self) -> None:
+        """Start anew."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self.pointer), False)
+        self._length = 0
+
+    def append(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Logits behind the last of the new tokens: float32 [vocabulary], valid until the next call."""
+        batch, count = self._batch, len(token_ids)
+        batch.n_tokens = count
+        for i, token in enumerate(token_ids):
+            batch.token[i], batch.pos[i], batch.logits[i] = int(token), self._length + i, i == count - 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        status = self._library.llama_decode(self.pointer, batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        self._length += count
+        return np.ctypeslib.as_array(self._library.llama_get_logits_ith(self.pointer, -1), (self._vocabulary,))
 
 
 def logits(model: LlamaModel, token_ids: Sequence[int], *, context: int | None = None, threads: int = 1) -> np.ndarray:

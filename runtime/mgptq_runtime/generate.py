@@ -65,10 +65,10 @@ def _sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) ->
 
 
 def _prefill(backend: Backend, prompt: Sequence[int], cache: object) -> np.ndarray:
-    """Feed the prompt in pieces, so that its logits need little memory; the last ones: float32 [vocabulary]."""
+    """Feed the prompt in pieces, so that its activations need little memory; the last logits: float32 [vocabulary]."""
     ids = np.array([prompt], np.int64)
     for start in range(0, ids.shape[1], PREFILL_TOKENS):
-        logits = backend.forward(ids[:, start : start + PREFILL_TOKENS], cache)
+        logits = backend.forward(ids[:, start : start + PREFILL_TOKENS], cache, last_only=True)
     return logits[0, -1]
 
 
@@ -104,4 +104,4 @@ def generate_tokens(
             return
         yield token
         if length + 1 < min(len(prompt) + max_tokens, backend.context_length):
-            logits = backend.forward(np.array([[token]], np.int64), cache)[0, -1]
+            logits = backend.forward(np.array([[token]], np.int64), cache, last_only=True)[0, -1]

@@ -29,7 +29,7 @@ OPERATORS: Mapping[str, frozenset[str]] = {
         (
             *("Add", "Cast", "Concat", "Constant", "Cos", "Gather", "Gelu", "GreaterOrEqual", "Mul"),
             *("RMSNormalization", "ReduceMax", "ReduceSum", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid"),
-            *("Sin", "Split", "Sub", "Sum", "Unsqueeze", "Where"),
+            *("Sin", "Slice", "Split", "Sub", "Sum", "Unsqueeze", "Where"),
         )
     ),
     MICROSOFT: frozenset(("GroupQueryAttention", "SkipSimplifiedLayerNormalization")),
@@ -37,16 +37,22 @@ OPERATORS: Mapping[str, frozenset[str]] = {
 FUNCTION_OPERATORS: Mapping[str, frozenset[str]] = {
     "": frozenset(
         (
-            *("Add", "BitShift", "BitwiseAnd", "BitwiseOr", "Cast", "Concat", "Constant", "Gather", "Reshape"),
-            *("Slice", "Split", "Unsqueeze"),
+            *("Abs", "Add", "BitShift", "BitwiseAnd", "BitwiseOr", "Cast", "Concat", "Constant", "Div", "Gather"),
+            *("Max", "Mod", "Mul", "Neg", "Pad", "ReduceMax", "ReduceSum", "Reshape", "Round"),
+            *("Slice", "Split", "Sub", "Sum", "Unsqueeze"),
         )
     ),
     MICROSOFT: frozenset(("GatherBlockQuantized", "MatMulNBits")),
 }
-MATMUL, EMBEDDING, PERMUTE = "MatMul", "Embedding", "PermuteColumns"
-LOW_BIT_OPERATORS = {f"{kind}{fmt.upper()}": (kind, fmt) for kind in (MATMUL, EMBEDDING) for fmt in FORMATS}
-KERNELS = {MATMUL: "MatMulNBits", EMBEDDING: "GatherBlockQuantized"}
+MATMUL, HEAD, EMBEDDING, PERMUTE = "MatMul", "Head", "Embedding", "PermuteColumns"
+KERNELS = {MATMUL: "MatMulNBits", HEAD: "MatMulNBits", EMBEDDING: "GatherBlockQuantized"}
 KERNEL_BITS = {"b1": 2, "b2": 2, "b3": 4, "b4": 4, "b8": 8}
+# Two formats, side by side, where a kernel reads the codes of both in the same width.
+PAIRS = [(a, b) for a in FORMATS for b in FORMATS if a != b and KERNEL_BITS[a] == KERNEL_BITS[b]]
+LOW_BIT_OPERATORS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    **{f"{kind}{fmt.upper()}": (kind, (fmt,)) for kind in KERNELS for fmt in FORMATS},
+    **{f"{MATMUL}{''.join(pair).upper()}": (MATMUL, pair) for pair in PAIRS},
+}
 KERNEL_BLOCK = 64
 
 FLOAT, UINT8, FLOAT16 = 1, 2, 10
@@ -187,31 +193,36 @@ def _check_function(function: Message) -> str:
     if name == PERMUTE:
         wanted = []
     else:
-        kind, fmt = LOW_BIT_OPERATORS[name]
-        wanted = [(KERNELS[kind], KERNEL_BITS[fmt], KERNEL_BLOCK)]
+        kind, formats = LOW_BIT_OPERATORS[name]
+        wanted = [(KERNELS[kind], KERNEL_BITS[formats[0]], KERNEL_BLOCK)]
     if kernels != wanted:
         raise ValueError(f"function {name!r} computes with {kernels} (kernel, bits, block size), it must be {wanted}")
     return name
 
 
 def _check_low_bit_node(node: Message, operator: str, tensors: Mapping[str, _Tensor]) -> None:
-    """Codes uint8 [N, blocks, code bytes] and scales float16 [N, blocks] that the attributes K and N agree with."""
-    kind, name = LOW_BIT_OPERATORS[operator]
+    """Per format codes uint8 [N, blocks, code bytes] and scales float16 [N, blocks], as attributes K and N say."""
+    kind, formats = LOW_BIT_OPERATORS[operator]
     what = f"node {node.text(3)!r} ({operator})"
     attributes = _attributes(node, what)
     sizes = {key: attributes[key].integer(3) or 0 if key in attributes else 0 for key in ("K", "N")}
     inputs = node.texts(1)
-    if len(inputs) != 3 or not all(tensor in tensors for tensor in inputs[1:]):
-        raise ValueError(f"{what} has inputs {inputs}; the second and third must be tensors of the file")
-    codes, scales = (tensors[tensor] for tensor in inputs[1:])
-    rows = sizes["N"] if kind == MATMUL else (codes.shape or (0,))[0]
-    wanted = (rows, padded_columns(sizes["K"]) // KERNEL_BLOCK, FORMATS[name].code_bytes)
-    is_right = (codes.type, codes.shape, scales.type, scales.shape) == (UINT8, wanted, FLOAT16, wanted[:2])
-    if min(rows, sizes["K"]) < 1 or not is_right:
-        raise ValueError(
-            f"{what} has codes {list(codes.shape)} and scales {list(scales.shape)}; its attributes {sizes} need "
-            f"uint8 {list(wanted)} and float16 {list(wanted[:2])}"
-        )
+    if len(inputs) != 1 + 2 * len(formats) or not all(tensor in tensors for tensor in inputs[1:]):
+        raise ValueError(f"{what} has inputs {inputs}; {2 * len(formats)} behind the first must be tensors of the file")
+    stored = [tensors[tensor] for tensor in inputs[1:]]
+    rows = sizes["N"] if kind != EMBEDDING else (stored[0].shape or (0,))[0]
+    left = padded_columns(sizes["K"]) // KERNEL_BLOCK
+    for i, (fmt, codes, scales) in enumerate(zip(formats, stored[::2], stored[1::2], strict=True)):
+        is_last = i == len(formats) - 1
+        blocks = left if is_last or len(codes.shape) != 3 else codes.shape[1]
+        left -= blocks
+        wanted = (rows, blocks, FORMATS[fmt].code_bytes)
+        is_right = (codes.type, codes.shape, scales.type, scales.shape) == (UINT8, wanted, FLOAT16, wanted[:2])
+        if min(rows, sizes["K"], blocks) < 1 or not is_right:
+            raise ValueError(
+                f"{what} has codes {list(codes.shape)} and scales {list(scales.shape)}; its attributes {sizes} need "
+                f"uint8 {list(wanted)} and float16 {list(wanted[:2])}"
+            )
 
 
 def validate_onnx(model: bytes, weights_name: str, weights_bytes: int) -> None:

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mgptq_export.targets.onnx.operators import DOMAIN, EMBEDDING, MATMUL, OPSET, PERMUTE, operators
+from mgptq_export.targets.onnx.operators import DOMAIN, EMBEDDING, HEAD, MATMUL, OPSET, PAIRS, PERMUTE, operators
 from mgptq_export.targets.onnx.storage import from_initializers, to_initializers
 from mgptq_runtime.formats import FORMATS, padded_columns
 
@@ -62,7 +62,7 @@ def session(
 def matmul_session(fmt: str, columns: int, accuracy_level: int, path: Path) -> ort.InferenceSession:
     codes, scales = to_initializers(fmt, random_segment(fmt, columns))
     return session(
-        MATMUL[fmt],
+        MATMUL[(fmt,)],
         accuracy_level,
         {"a": (TensorProto.FLOAT, ["m", columns])},
         {"codes": codes, "scales": scales},
@@ -113,6 +113,61 @@ def test_fast_operator_rounds_the_activations_of_low_bit_formats_and_nothing_els
     assert np.median(np.abs(y - expected)) <= 1e-5 * np.abs(expected).max()
 
 
+def head_session(fmt: str, columns: int, accuracy_level: int, path: Path) -> ort.InferenceSession:
+    codes, scales = to_initializers(fmt, random_segment(fmt, columns))
+    shape = ["batch", "sequence", columns]
+    inputs, stored = {"a": (TensorProto.FLOAT, shape)}, {"codes": codes, "scales": scales}
+    output = ["batch", "sequence", ROWS]
+    return session(HEAD[(fmt,)], accuracy_level, inputs, stored, {"K": columns, "N": ROWS}, output, path)
+
+
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_head_is_precise_at_either_level(fmt, columns, accuracy_level, tmp_path):
+    weights = FORMATS[fmt].dequantize(random_segment(fmt, columns))[:, :columns]
+    a = np.random.default_rng(0).standard_normal((2, 3, columns)).astype(np.float32)
+    a[0, 0, :64], a[0, 0, 0] = 0, 1000  # a block of zeros but for an outlier, and one of zeros
+    a[1, 1] = 0
+    (y,) = head_session(fmt, columns, accuracy_level, tmp_path / "o.onnx").run(None, {"a": a})
+    error = np.abs(y - a @ weights.T)
+    # Of what an int8 part leaves over, half a step of 1/127, the second part holds all but half a step of 1/127 of it.
+    bound = np.abs(a).max(axis=-1, keepdims=True) / 254**2 * np.abs(weights).sum(axis=-1)
+    assert (error <= 1e-5 * np.abs(a @ weights.T).max() + bound).all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_head_lets_no_nan_pass_for_a_number(fmt, tmp_path):
+    a = np.ones((1, 2, 80), np.float32)
+    a[0, 1, 70] = np.nan
+    (y,) = head_session(fmt, 80, 4, tmp_path / "o.onnx").run(None, {"a": a})
+    assert np.isfinite(y[0, 0]).all() and not np.isfinite(y[0, 1]).any()
+
+
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+@pytest.mark.parametrize("formats", PAIRS)
+def test_two_formats_in_one_node_are_the_sum_of_both(formats, accuracy_level, tmp_path):
+    widths = (128, 80)
+    data = [random_segment(fmt, width) for fmt, width in zip(formats, widths, strict=True)]
+    stored = [array for fmt, part in zip(formats, data, strict=True) for array in to_initializers(fmt, part)]
+    names = ["codes", "scales", "codes2", "scales2"]
+    pair = session(
+        MATMUL[formats],
+        accuracy_level,
+        {"a": (TensorProto.FLOAT, ["m", 208])},
+        dict(zip(names, stored, strict=True)),
+        {"K": 208, "N": ROWS},
+        ["m", ROWS],
+        tmp_path / "o.onnx",
+    )
+    weights = np.concatenate([FORMATS[f].dequantize(part) for f, part in zip(formats, data, strict=True)], axis=1)
+    if accuracy_level == 0:
+        (y,) = pair.run(None, {"a": np.eye(208, dtype=np.float32)})
+        assert np.array_equal(y, weights[:, :208].T)
+    operators_left = [node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node]
+    assert operators_left == ["MatMulNBits"]
+
+
 @pytest.mark.parametrize("accuracy_level", [0, 4])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_operator_folds_to_one_low_bit_kernel(fmt, accuracy_level, tmp_path):
@@ -132,7 +187,7 @@ def test_embedding_gathers_the_weights_bit_for_bit(fmt, columns, tmp_path):
     ids = {"ids": (TensorProto.INT64, ["batch", "sequence"])}
     initializers = {"codes": codes, "scales": scales}
     embed = session(
-        EMBEDDING[fmt], 4, ids, initializers, {"K": columns}, ["batch", "sequence", columns], tmp_path / "o.onnx"
+        EMBEDDING[(fmt,)], 4, ids, initializers, {"K": columns}, ["batch", "sequence", columns], tmp_path / "o.onnx"
     )
     token_ids = np.random.default_rng(0).integers(0, ROWS, (2, 9))
     (y,) = embed.run(None, {"ids": token_ids})

@@ -2,11 +2,13 @@
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from synthetic import random_linear
 
 from mgptq_export.targets.onnx.constant_shapes import declare_constant_shapes
 from mgptq_export.targets.onnx.external_data import externalize
+from mgptq_export.targets.onnx.last_logits import FIRST_LOGIT, keep_last_logits
 from mgptq_export.targets.onnx.node_names import layer_of, matmul_node
 from mgptq_export.targets.onnx.packed_initializers import initializer
 from mgptq_export.targets.onnx.standard_norms import standardize_norms
@@ -55,6 +57,35 @@ def test_linears_share_one_permutation_and_equal_splits():
     assert operators(graph) == ["PermuteColumns", "Split", *kernels]
     assert [output.name for output in graph.outputs] == [f"{name}/output_0" for name in "qkv"]
     assert not [name for name in graph.initializers if name.endswith(".weight")]
+
+
+def test_segments_whose_codes_a_kernel_reads_in_the_same_width_share_a_node():
+    graph = float_graph({"k": "x", "v": "x"})
+    formats = {"k": ["b4", "b3", "b2"], "v": ["b4", "b2", "b1"]}
+    swap_linears(graph, (group(formats),), {name: name for name in formats})
+    wanted = [["MatMulB4B3", "MatMulB2", "Sum"], ["MatMulB4", "MatMulB2B1", "Sum"]]
+    assert operators(graph) == ["PermuteColumns", "Split", "Split", *wanted[0], *wanted[1]]
+
+
+def test_head_keeps_the_last_position_and_more_where_asked():
+    graph = float_graph({"logits": "x"})
+    graph.outputs[0].name = "logits"
+    graph.outputs[0].shape = ir.Shape(["batch", "sequence", 32])
+    weight = np.random.default_rng(0).standard_normal((192, 32)).astype(np.float32)
+    graph.initializers["logits.weight"].const_value = ir.tensor(weight, name="logits.weight")
+    keep_last_logits(graph, "logits")
+    model = ir.Model(graph, ir_version=11)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(1).standard_normal((2, 5, 192)).astype(np.float32)
+    (last,) = session.run(None, {"source": x})
+    (behind,) = session.run(None, {"source": x, FIRST_LOGIT: np.array([2])})
+    assert last.shape == (2, 1, 32) and np.abs(last - x[:, -1:] @ weight).max() <= 1e-4
+    assert behind.shape == (2, 3, 32) and np.abs(behind - x[:, 2:] @ weight).max() <= 1e-4
+
+
+def test_graph_without_the_heads_node_is_refused():
+    with pytest.raises(UnsupportedModelError, match="not the output of a node head"):
+        keep_last_logits(float_graph({"q": "x"}), "head")
 
 
 def test_natural_order_needs_no_permutation():

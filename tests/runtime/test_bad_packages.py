@@ -161,7 +161,7 @@ def test_the_sound_package_passes(folder, command):
 def test_too_little_memory_is_one_message(folder, monkeypatch):
     from mgptq_runtime.backends.numpy_backend import NumpyBackend
 
-    def forward(*arguments):
+    def forward(*arguments, **options):
         raise MemoryError("Unable to allocate 64.0 GiB")
 
     monkeypatch.setattr(NumpyBackend, "forward", forward)

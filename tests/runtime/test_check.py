@@ -28,8 +28,8 @@ class Shifted:
     def new_cache(self, batch: int = 1):
         return self._backend.new_cache(batch)
 
-    def forward(self, token_ids, cache):
-        return self._change(self._backend.forward(token_ids, cache))
+    def forward(self, token_ids, cache, *, last_only=False):
+        return self._change(self._backend.forward(token_ids, cache, last_only=last_only))
 
 
 def changed(golden: GoldenVectors, **arrays: np.ndarray) -> GoldenVectors:

@@ -14,6 +14,7 @@ from mgptq_export.targets.onnx.builder_graph import build_float_graph, decoder_o
 from mgptq_export.targets.onnx.constant_shapes import declare_constant_shapes
 from mgptq_export.targets.onnx.external_data import externalize
 from mgptq_export.targets.onnx.genai_config import complete_genai_config
+from mgptq_export.targets.onnx.last_logits import keep_last_logits
 from mgptq_export.targets.onnx.node_names import EMBEDDING_NODE, HEAD_NODE, matmul_node
 from mgptq_export.targets.onnx.operators import DOMAIN, OPSET, VERSION, operators
 from mgptq_export.targets.onnx.rotations import compute_rotations
@@ -45,8 +46,8 @@ def _head_group(model: QuantizedModel) -> InputGroup:
     return InputGroup(head.name, head.permutation, (head,))
 
 
-def quantized_graph(checkpoint: Checkpoint, graph_model: ir.Model) -> ir.Model:
-    """Swap the matrices of the family's float graph for packed ones, in place."""
+def quantized_graph(checkpoint: Checkpoint, graph_model: ir.Model, *, pairs: bool = True) -> ir.Model:
+    """Swap the matrices of the family's float graph for packed ones, in place; ``pairs``: see :func:`swap_linears`."""
     quantized = checkpoint.model
     head = _head_group(quantized)
     node_names = {linear.name: matmul_node(linear.name) for linear in quantized.linears()}
@@ -55,8 +56,9 @@ def quantized_graph(checkpoint: Checkpoint, graph_model: ir.Model) -> ir.Model:
     declare_constant_shapes(graph)
     standardize_norms(graph)
     compute_rotations(graph, decoder_of(quantized), quantized.tensors)
+    keep_last_logits(graph, HEAD_NODE)
     swap_embedding(graph, quantized.embedding, EMBEDDING_NODE)
-    swap_linears(graph, (*quantized.groups, head), node_names)
+    swap_linears(graph, (*quantized.groups, head), node_names, pairs=pairs)
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="mgptq-export")
     model.opset_imports.update({"": OPSET, "com.microsoft": 1, DOMAIN: VERSION})
     return model
@@ -90,9 +92,10 @@ def _check_genai_config(config: dict[str, Any], model: QuantizedModel) -> None:
 def export_onnx(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path) -> None:
     """Write the package for ONNX Runtime and onnxruntime-genai.
 
-    ``model.onnx`` (int8 activations for b1 and b2, what genai loads), ``model.exact.onnx`` (float32 activations, to
-    check and to evaluate), ``model.onnx.data`` (the weights of both), ``genai_config.json``, the checkpoint's tokenizer
-    files and ``golden.npz``. The same checkpoint gives the same bytes. The folder appears when it is complete.
+    ``model.onnx`` (int8 activations where they are precise enough, what genai loads), ``model.exact.onnx`` (float32
+    activations, to check and to evaluate), ``model.onnx.data`` (the weights of both), ``genai_config.json``, the
+    checkpoint's tokenizer files and ``golden.npz``. The same checkpoint gives the same bytes. The folder appears when
+    it is complete.
 
     Args:
         checkpoint: what to export; its folder holds the tokenizer files.

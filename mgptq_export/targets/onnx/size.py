@@ -47,8 +47,9 @@ def onnx_files(skeleton: Skeleton) -> list[PlannedFile]:
     with tempfile.TemporaryDirectory() as scratch:
         model, end = _sized_graph(usual, Path(scratch) / "usual")
         sizes = {name: _graph_size(model, level, Path(scratch) / name) for name, level in LEVELS.items()}
-        model, _ = _sized_graph(widest, Path(scratch) / "widest")
-        possible = {MATMUL[fmt] for formats in skeleton.formats.values() for fmt in formats}
+        model, _ = _sized_graph(widest, Path(scratch) / "widest", pairs=False)
+        allowed = [set(formats) for formats in skeleton.formats.values()]
+        possible = {name for formats, name in MATMUL.items() if any(found.issuperset(formats) for found in allowed)}
         most = {name: _graph_size(model, level, Path(scratch) / name, possible) for name, level in LEVELS.items()}
     weights = end + usual.unspent + _padding(usual)
     graphs = [
@@ -58,11 +59,11 @@ def onnx_files(skeleton: Skeleton) -> list[PlannedFile]:
     return [PlannedFile(f"{ONNX_FOLDER}/{WEIGHTS}", weights, weights), *graphs]
 
 
-def _sized_graph(skeleton: Skeleton, scratch: Path) -> tuple[ir.Model, int]:
+def _sized_graph(skeleton: Skeleton, scratch: Path, *, pairs: bool = True) -> tuple[ir.Model, int]:
     """The graph of a skeleton, and the size of its file of weights."""
     one_row = replace(skeleton.checkpoint, model=_one_row(skeleton.model))
     graph_model, _ = build_float_graph(one_row, scratch)
-    model = quantized_graph(one_row, graph_model)
+    model = quantized_graph(one_row, graph_model, pairs=pairs)
     return model, _externalize_shapes(model.graph, skeleton.model)
 
 

@@ -28,7 +28,7 @@ def swap_embedding(graph: ir.Graph, embedding: QuantizedLinear, node_name: str) 
     nodes = []
     for i, segment in enumerate(packed_segments(graph, embedding)):
         node = ir.node(
-            EMBEDDING[segment.format],
+            EMBEDDING[(segment.format,)],
             [ids, segment.codes, segment.scales],
             {"K": segment.columns},
             domain=DOMAIN,

@@ -1,12 +1,13 @@
 """Pass: float MatMul nodes become our operators, one per segment, fed by one column order per input group."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from mgptq_export.targets.onnx.operators import DOMAIN, MATMUL, PERMUTE
-from mgptq_export.targets.onnx.packed_initializers import initializer, packed_segments, set_output
+from mgptq_export.targets.onnx.node_names import HEAD_NODE
+from mgptq_export.targets.onnx.operators import DOMAIN, HEAD, MATMUL, PERMUTE
+from mgptq_export.targets.onnx.packed_initializers import PackedSegment, initializer, packed_segments, set_output
 from mgptq_runtime.errors import UnsupportedModelError
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear
 
@@ -51,17 +52,32 @@ class _GroupInput:
         return self.pieces[widths]
 
 
-def _swap_one(graph: ir.Graph, node: ir.Node, linear: QuantizedLinear, source: _GroupInput) -> None:
-    segments = packed_segments(graph, linear)
-    pieces = source.split(tuple(segment.columns for segment in segments))
+def _shared_nodes(segments: Sequence[PackedSegment], names: Mapping[tuple[str, ...], str]) -> list[list[PackedSegment]]:
+    """The segments of each node, in order: pairs where there is an operator for both."""
+    runs: list[list[PackedSegment]] = []
+    for segment in segments:
+        if runs and len(runs[-1]) == 1 and (runs[-1][0].format, segment.format) in names:
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
+    return runs
+
+
+def _swap_one(
+    graph: ir.Graph, node: ir.Node, linear: QuantizedLinear, source: _GroupInput, names: Mapping[tuple[str, ...], str]
+) -> None:
+    runs = _shared_nodes(packed_segments(graph, linear), names)
+    widths = tuple(sum(segment.columns for segment in run) for run in runs)
     nodes = []
-    for i, (segment, piece) in enumerate(zip(segments, pieces, strict=True)):
+    for i, (run, width, piece) in enumerate(zip(runs, widths, source.split(widths), strict=True)):
+        formats = tuple(segment.format for segment in run)
+        stored = [value for segment in run for value in (segment.codes, segment.scales)]
         matmul = ir.node(
-            MATMUL[segment.format],
-            [piece, segment.codes, segment.scales],
-            {"K": segment.columns, "N": linear.rows},
+            names[formats],
+            [piece, *stored],
+            {"K": width, "N": linear.rows},
             domain=DOMAIN,
-            name=f"{node.name}/{i}.{segment.format}",
+            name=f"{node.name}/{i}.{''.join(formats)}",
         )
         set_output(matmul, node.outputs[0], linear.rows)
         nodes.append(matmul)
@@ -70,16 +86,20 @@ def _swap_one(graph: ir.Graph, node: ir.Node, linear: QuantizedLinear, source: _
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
 
 
-def swap_linears(graph: ir.Graph, groups: tuple[InputGroup, ...], node_names: Mapping[str, str]) -> None:
+def swap_linears(
+    graph: ir.Graph, groups: tuple[InputGroup, ...], node_names: Mapping[str, str], *, pairs: bool = True
+) -> None:
     """Replace the MatMul nodes of all ``groups`` in place.
 
     Per group one ``PermuteColumns`` (none in natural order), at most one ``Split`` per way of cutting the columns, per
-    linear one ``MatMulB*`` per segment and a ``Sum``. The float weights are dropped.
+    linear one ``MatMulB*`` (the head's: ``HeadB*``) per segment or pair of them, and a ``Sum``. The float weights are
+    dropped.
 
     Args:
         graph: a family's float graph; each linear is one MatMul node.
         groups: quantized linears; the head, too, is a group.
         node_names: linear to name of its MatMul node.
+        pairs: whether two segments whose codes a kernel reads in the same width share a node.
 
     Raises:
         UnsupportedModelError: a linear without its node, of another shape, or a group whose linears read different
@@ -109,7 +129,9 @@ def swap_linears(graph: ir.Graph, groups: tuple[InputGroup, ...], node_names: Ma
         source = _GroupInput(graph, group, activation, producer)
         weights = [node.inputs[1] for node in nodes.values()]
         for linear in group.linears:
-            _swap_one(graph, nodes[linear.name], linear, source)
+            names = HEAD if node_names[linear.name] == HEAD_NODE else MATMUL
+            usable = {formats: name for formats, name in names.items() if pairs or len(formats) == 1}
+            _swap_one(graph, nodes[linear.name], linear, source, usable)
         for weight in weights:
             if weight is not None and weight.name is not None and not weight.uses():
                 del graph.initializers[weight.name]

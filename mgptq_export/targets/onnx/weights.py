@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mgptq_export.targets.onnx.operators import DOMAIN, EMBEDDING, MATMUL, PERMUTE
+from mgptq_export.targets.onnx.operators import DOMAIN, EMBEDDING, HEAD, MATMUL, PERMUTE
 from mgptq_export.targets.onnx.storage import from_initializers
 from mgptq_runtime.formats import FORMATS
 
 __all__ = ["read_onnx_weights"]
 
-FORMAT_OF_OPERATOR = {name: fmt for table in (MATMUL, EMBEDDING) for fmt, name in table.items()}
+FORMATS_OF_OPERATOR = {name: formats for table in (MATMUL, HEAD, EMBEDDING) for formats, name in table.items()}
 
 
 def _constant(value: ir.Value | None) -> np.ndarray:
@@ -35,11 +35,15 @@ def _columns_read(value: ir.Value | None, width: int) -> np.ndarray:
     return np.arange(start, start + width)
 
 
-def _segment(node: ir.Node) -> np.ndarray:
-    """float32 [rows, blocks * 64] of one operator's initializers, by the format's own code."""
-    fmt = FORMAT_OF_OPERATOR[node.op_type]
-    data = from_initializers(fmt, _constant(node.inputs[1]), _constant(node.inputs[2]))
-    return FORMATS[fmt].dequantize(data)
+def _weights(node: ir.Node) -> np.ndarray:
+    """float32 [rows, blocks * 64] of one operator's initializers, by the formats' own code."""
+    stored = [_constant(value) for value in node.inputs[1:]]
+    formats = FORMATS_OF_OPERATOR[node.op_type]
+    parts = [
+        FORMATS[fmt].dequantize(from_initializers(fmt, codes, scales))
+        for fmt, codes, scales in zip(formats, stored[::2], stored[1::2], strict=True)
+    ]
+    return np.concatenate(parts, axis=1)
 
 
 def read_onnx_weights(folder: Path) -> dict[str, np.ndarray]:
@@ -58,18 +62,18 @@ def read_onnx_weights(folder: Path) -> dict[str, np.ndarray]:
     graph = ir.load(folder / "model.onnx").graph
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for node in graph:
-        if node.domain != DOMAIN or node.op_type not in FORMAT_OF_OPERATOR:
+        if node.domain != DOMAIN or node.op_type not in FORMATS_OF_OPERATOR:
             continue
         codes = node.inputs[1]
         # LINEAR.SEGMENT.FORMAT.codes
         name = str(codes and codes.name).rsplit(".", 3)[0]
         width = node.attributes["K"].as_int()
-        if node.op_type in MATMUL.values():
+        if node.op_type not in EMBEDDING.values():
             columns = _columns_read(node.inputs[0], width)
         else:
             start = sum(len(columns) for _, columns in parts.get(name, []))
             columns = np.arange(start, start + width)
-        parts.setdefault(name, []).append((_segment(node), columns))
+        parts.setdefault(name, []).append((_weights(node), columns))
     return {name: _assemble(segments) for name, segments in parts.items()}
 
 

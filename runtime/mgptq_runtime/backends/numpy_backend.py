@@ -99,21 +99,22 @@ class NumpyBackend:
         return KeyValueCache(self._family.layer_count, batch)
 
     @np.errstate(all="ignore")
-    def forward(self, token_ids: np.ndarray, cache: KeyValueCache) -> np.ndarray:
+    def forward(self, token_ids: np.ndarray, cache: KeyValueCache, *, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cached sequences.
 
         Args:
             token_ids: int64 [batch, sequence], the new tokens only.
             cache: from :meth:`new_cache`; extended in place.
+            last_only: compute the logits of the last position only.
 
         Returns:
-            logits, float32 [batch, sequence, vocabulary].
+            logits, float32 [batch, sequence, vocabulary]; or [batch, 1, vocabulary].
 
         Raises:
             BadInputError: shapes that do not fit, a token id out of range, or more tokens than the context holds.
         """
         self._check_tokens(token_ids, cache)
-        return self._family.forward(self, token_ids, cache, lambda hidden: None)
+        return self._family.forward(self, token_ids, cache, lambda hidden: None, last_only=last_only)
 
     @np.errstate(all="ignore")
     def forward_with_digests(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,8 @@ EXTERNAL_DATA = "model.onnx.data"
 GENAI_CONFIG = "genai_config.json"
 # Where attention rotates by tables of its own, a graph does not ask for them.
 POSITIONS = "position_ids"
+# Graphs that have it keep the logits from this position on, by default the last; others keep all.
+FIRST_LOGIT = "first_logit"
 FIRST_CAPACITY = 64
 FATAL_ERRORS_ONLY = 4
 WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
@@ -63,11 +65,13 @@ class OnnxCache:
         batch, length: sequences, and tokens in each.
         buffers: per layer the keys, then the values: float32 [batch, kv_heads, capacity, head_size]; the first
             ``length`` positions are filled. ONNX Runtime appends in place.
+        binding: the session's, the buffers bound; a step binds the rest.
     """
 
     batch: int
     length: int = 0
     buffers: list[np.ndarray] = field(default_factory=list)
+    binding: Any = None
 
 
 def _read_shape(path: Path, content: bytes) -> _Shape:
@@ -153,6 +157,17 @@ def _open_session(path: Path, model: bytes, weights_bytes: int, threads: int | N
         ) from error
 
 
+def _place(array: np.ndarray) -> dict[str, Any]:
+    """Where an array lies, for a binding."""
+    return {
+        "device_type": "cpu",
+        "device_id": 0,
+        "element_type": array.dtype.type,
+        "shape": array.shape,
+        "buffer_ptr": array.ctypes.data,
+    }
+
+
 class OnnxBackend:
     """A package's ONNX model in ONNX Runtime; see :class:`mgptq_runtime.backends.Backend`.
 
@@ -223,6 +238,7 @@ class OnnxBackend:
                 "export the package again"
             )
         self._takes_positions = POSITIONS in inputs
+        self._takes_first_logit = FIRST_LOGIT in {value.name for value in self._session.get_overridable_initializers()}
         caches = [inputs[name] for name in self._cache_names("past_key_values")]
         caches += [outputs[name] for name in self._cache_names("present")]
         for kind, sizes in caches:
@@ -254,16 +270,28 @@ class OnnxBackend:
         for new, old in zip(grown, cache.buffers, strict=False):
             new[:, :, : cache.length] = old[:, :, : cache.length]
         cache.buffers = grown
+        cache.binding = self._bind(grown)
 
-    def forward(self, token_ids: np.ndarray, cache: OnnxCache) -> np.ndarray:
+    def _bind(self, buffers: list[np.ndarray]) -> Any:
+        """A binding of the cache's buffers, which are the most of what a step binds."""
+        binding = self._session.io_binding()
+        names = zip(self._cache_names("past_key_values"), self._cache_names("present"), strict=True)
+        for (past, present), buffer in zip(names, buffers, strict=True):
+            # One buffer for both: the attention writes the new positions only, and copies nothing.
+            binding.bind_input(past, **_place(buffer))
+            binding.bind_output(present, **_place(buffer))
+        return binding
+
+    def forward(self, token_ids: np.ndarray, cache: OnnxCache, *, last_only: bool = False) -> np.ndarray:
         """Append tokens to the cached sequences.
 
         Args:
             token_ids: int64 [batch, sequence], the new tokens only.
             cache: from :meth:`new_cache`; extended in place.
+            last_only: compute the logits of the last position only.
 
         Returns:
-            logits, float32 [batch, sequence, vocabulary].
+            logits, float32 [batch, sequence, vocabulary]; or [batch, 1, vocabulary].
 
         Raises:
             BadInputError: shapes that do not fit, a token id out of range, or more tokens than the context holds.
@@ -271,31 +299,25 @@ class OnnxBackend:
         check_tokens(token_ids, cache.batch, cache.length, self.vocabulary_size, self.context_length)
         self._reserve(cache, cache.length + token_ids.shape[1])
         if cache.batch == 1 or cache.length == 0:
-            return self._run(token_ids, cache)
+            return self._run(token_ids, cache, last_only)
         # ONNX Runtime's attention extends a filled cache by several tokens for a single sequence only.
-        steps = [self._run(step, cache) for step in np.split(token_ids, token_ids.shape[1], axis=1)]
-        return np.concatenate(steps, axis=1)
+        steps = [self._run(step, cache, last_only) for step in np.split(token_ids, token_ids.shape[1], axis=1)]
+        return steps[-1] if last_only else np.concatenate(steps, axis=1)
 
-    def _run(self, token_ids: np.ndarray, cache: OnnxCache) -> np.ndarray:
-        total = cache.length + token_ids.shape[1]
-        binding = self._session.io_binding()
+    def _run(self, token_ids: np.ndarray, cache: OnnxCache, last_only: bool) -> np.ndarray:
+        batch, count = token_ids.shape
+        total = cache.length + count
+        binding = cache.binding
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(token_ids, np.int64))
-        binding.bind_cpu_input("attention_mask", np.ones((cache.batch, total), np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((batch, total), np.int64))
         if self._takes_positions:
             positions = np.arange(cache.length, total, dtype=np.int64)
-            binding.bind_cpu_input(POSITIONS, np.tile(positions, (cache.batch, 1)))
-        names = zip(self._cache_names("past_key_values"), self._cache_names("present"), strict=True)
-        for (past, present), buffer in zip(names, cache.buffers, strict=True):
-            where: dict[str, Any] = {
-                "device_type": "cpu",
-                "device_id": 0,
-                "element_type": np.float32,
-                "shape": buffer.shape,
-                "buffer_ptr": buffer.ctypes.data,
-            }
-            # One buffer for both: the attention writes the new positions only, and copies nothing.
-            binding.bind_input(past, **where)
-            binding.bind_output(present, **where)
+            binding.bind_cpu_input(POSITIONS, np.tile(positions, (batch, 1)))
+        is_cut = self._takes_first_logit and last_only
+        first_logit = np.array([-1 if is_cut else 0], np.int64)
+        if self._takes_first_logit:
+            # ONNX Runtime's binding of an array would look for its type among the inputs that have no value.
+            binding.bind_input(FIRST_LOGIT, **_place(first_logit))
         binding.bind_output("logits", "cpu")
         try:
             self._session.run_with_iobinding(binding)
@@ -305,7 +327,7 @@ class OnnxBackend:
             ) from error
         cache.length = total
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
-        wanted = (*token_ids.shape, self.vocabulary_size)
+        wanted = (batch, 1 if is_cut else count, self.vocabulary_size)
         if logits.shape != wanted:
             raise PackageError(f"the ONNX model computes logits of {logits.shape}, not {wanted}; export it again")
-        return logits
+        return logits[:, -1:] if last_only else logits

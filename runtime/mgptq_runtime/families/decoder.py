@@ -153,7 +153,13 @@ class Decoder:
         ]
 
     def forward(
-        self, weights: Weights, token_ids: np.ndarray, cache: Cache, observe: Callable[[np.ndarray], None]
+        self,
+        weights: Weights,
+        token_ids: np.ndarray,
+        cache: Cache,
+        observe: Callable[[np.ndarray], None],
+        *,
+        last_only: bool = False,
     ) -> np.ndarray:
         """Compute logits of new tokens: see :class:`mgptq_runtime.families.layout.Family`."""
         end = cache.length + token_ids.shape[1]
@@ -167,7 +173,8 @@ class Decoder:
             hidden = hidden + self._feed_forward(weights, layer, hidden)
             observe(hidden)
         cache.length = end
-        return weights.head(self._norm(weights, "output_norm", hidden))
+        wanted = hidden[:, -1:] if last_only else hidden
+        return weights.head(self._norm(weights, "output_norm", wanted))
 
     def _rotation(self, frequencies: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines, float32 [sequence, rotary_size / 2]."""

@@ -101,7 +101,13 @@ class Family(Protocol):
         ...
 
     def forward(
-        self, weights: Weights, token_ids: np.ndarray, cache: Cache, observe: Callable[[np.ndarray], None]
+        self,
+        weights: Weights,
+        token_ids: np.ndarray,
+        cache: Cache,
+        observe: Callable[[np.ndarray], None],
+        *,
+        last_only: bool = False,
     ) -> np.ndarray:
         """Compute logits of new tokens.
 
@@ -110,8 +116,9 @@ class Family(Protocol):
             cache: of the tokens before; extended in place.
             observe: called with the residual stream, float32 [batch, sequence, hidden]: the embedding output,
                 then each layer's output.
+            last_only: compute the logits of the last position only.
 
         Returns:
-            float32 [batch, sequence, vocabulary].
+            float32 [batch, sequence, vocabulary]; or [batch, 1, vocabulary].
         """
         ...
