@@ -80,6 +80,37 @@ def test_earlier_logits_are_not_overwritten(exported, exact):
     assert np.array_equal(first, kept)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_last_only_gives_the_last_of_the_same_logits(exported, exact, batch):
+    cache = exact.new_cache(batch)
+    first = exact.forward(exported.token_ids[:batch, :30], cache, last_only=True)
+    second = exact.forward(exported.token_ids[:batch, 30:], cache, last_only=True)
+    assert first.shape == second.shape == (batch, 1, exact.vocabulary_size)
+    assert np.abs(first - exported.oracle[:batch, 29:30]).max() <= 1e-4
+    assert np.abs(second - exported.oracle[:batch, -1:]).max() <= 1e-4
+
+
+def test_package_that_computes_all_logits_always_still_runs(exported, package):
+    path = package / "model.exact.onnx"
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    cut = next(node for node in graph.node if node.name == "/lm_head/last/Slice")
+    for node in graph.node:
+        node.input[:] = [cut.input[0] if name == cut.output[0] else name for name in node.input]
+    graph.node.remove(cut)
+    for values in (graph.input, graph.initializer):
+        values.remove(next(value for value in values if value.name == "first_logit"))
+    next(value for value in graph.output if value.name == "logits").type.tensor_type.shape.dim[1].dim_param = "s"
+    del graph.value_info[:]
+    onnx.save(model, path)
+    backend = OnnxBackend(package, accuracy_level=0, threads=1)
+    cache = backend.new_cache()
+    logits = backend.forward(exported.token_ids[:1, :20], cache)
+    assert np.abs(logits - exported.oracle[:1, :20]).max() <= 1e-4
+    last = backend.forward(exported.token_ids[:1, 20:], cache, last_only=True)
+    assert last.shape[1] == 1 and np.abs(last - exported.oracle[:1, -1:]).max() <= 1e-4
+
+
 def test_genai_generates_the_same_tokens(exported, fast):
     prompt, length = exported.token_ids[0, :5], 40
     model = og.Model(str(exported.folder))

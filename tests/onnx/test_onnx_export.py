@@ -11,8 +11,10 @@ import pytest
 
 from mgptq_export.checkpoint import Checkpoint
 from mgptq_export.targets.onnx import export_onnx, read_onnx_weights
+from mgptq_export.targets.onnx.operators import MATMUL, PAIRS
 from mgptq_runtime.errors import OutputExistsError, UnsupportedModelError
 from mgptq_runtime.golden import read_golden
+from mgptq_runtime.onnx_file import validate_onnx
 
 GRAPHS = ["model.onnx", "model.exact.onnx"]
 
@@ -58,6 +60,20 @@ def test_loaded_graph_runs_low_bit_kernels_and_no_float_matmul(exported, name, t
     smallest = min(linear.rows * linear.columns for linear in linears)
     floats = [i for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT]
     assert max(np.prod(i.dims) for i in floats) < smallest / 4
+
+
+def test_codes_of_two_formats_must_be_where_their_operator_says(exported):
+    model = onnx.load(exported.folder / "model.onnx", load_external_data=False)
+    size = (exported.folder / "model.onnx.data").stat().st_size
+    validate_onnx(model.SerializeToString(), "model.onnx.data", size)
+    node = next(node for node in model.graph.node if node.op_type in {MATMUL[pair] for pair in PAIRS})
+    codes, _, other_codes, _ = list(node.input[1:])
+    node.input[1], node.input[3] = other_codes, codes
+    with pytest.raises(ValueError, match=f"{node.op_type}.* has codes"):
+        validate_onnx(model.SerializeToString(), "model.onnx.data", size)
+    del node.input[3:]
+    with pytest.raises(ValueError, match="4 behind the first must be tensors of the file"):
+        validate_onnx(model.SerializeToString(), "model.onnx.data", size)
 
 
 def test_same_checkpoint_gives_the_same_bytes(exported, golden, tmp_path):
