@@ -176,6 +176,8 @@ def main(
         raise click.UsageError(
             f"{package} has no onnx/model.onnx; export it: mgptq-export export PACKAGE --targets onnx"
         )
+    if output and not output.parent.is_dir():
+        raise click.UsageError(f"{output.parent} is no folder; make it, or give another path to -o")
     rows = with_ratios(measure(contenders(package, llama_file, peers), threads, repetitions))
     if output:
         output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

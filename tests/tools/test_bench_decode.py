@@ -44,6 +44,13 @@ def test_threads_that_are_no_numbers_are_refused(threads, tmp_path):
     assert result.exit_code == 2 and "give numbers of 1 or more" in result.stderr
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").touch()
+    result = CliRunner().invoke(bench_decode.main, [str(tmp_path), "-o", str(tmp_path / "missing" / "decode.json")])
+    assert result.exit_code == 2 and "missing is no folder" in result.stderr
+
+
 def test_a_folder_without_an_onnx_package_is_refused_before_anything_is_made(tmp_path):
     result = CliRunner().invoke(bench_decode.main, [str(tmp_path), "--peers", str(tmp_path / "peers")])
     assert result.exit_code == 2 and "has no onnx/model.onnx" in result.stderr
