@@ -10,7 +10,7 @@ from mgptq_runtime.errors import BadInputError, NumericalError
 
 __all__ = ["GREEDY", "Sampling", "generate_tokens"]
 
-PREFILL_TOKENS = 512
+PREFILL_TOKENS = 128
 
 
 @dataclass(frozen=True)
