@@ -25,6 +25,7 @@ class History:
     errors_solved: of every layer's output once the model was solved, see :func:`layer_errors`.
     errors_recovered: the same after recovery; empty without recovery.
     recovery: KL(original || quantized) before every step of recovery, on the step's batch.
+    sweep: ``rows`` of the sweep that this is a budget of, see :func:`mgptq_export.sweep.sweep`.
     """
 
     losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class History:
     errors_solved: tuple[float, ...] = ()
     errors_recovered: tuple[float, ...] = ()
     recovery: tuple[float, ...] = ()
+    sweep: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -40,8 +42,8 @@ class History:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "History":
         """What :meth:`to_json` gave."""
-        series = ("trials", "errors_solved", "errors_recovered", "recovery")
-        return cls(values["losses"], **{name: tuple(values[name]) for name in series})
+        series = ("trials", "errors_solved", "errors_recovered", "recovery", "sweep")
+        return cls(values["losses"], **{name: tuple(values.get(name, ())) for name in series})
 
     def write(self, folder: Path) -> None:
         """Write ``history.json`` into a checkpoint's folder."""

@@ -21,7 +21,7 @@ from mgptq_runtime.errors import BudgetError
 from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, Package, open_package
 from mgptq_runtime.progress import report, stage, track
 
-__all__ = ["complete", "package_backends", "runs_on_backends", "versions", "write_targets"]
+__all__ = ["complete", "describe", "package_backends", "runs_on_backends", "versions", "write_targets"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +85,14 @@ def complete(
     _write_manifest(folder, manifest)
     manifest["check"]["results"] = _replayed(folder, targets)
     manifest["evaluation"] = evaluating()
+    return describe(folder, solved, manifest)
+
+
+def describe(folder: Path, solved: Sequence[Solved], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write model card and report of a package, and the manifest, which is returned with the files there are now."""
     contents = [PackageContent(one.layout, one.checkpoint, one.history) for one in solved]
-    described = manifest | {
-        "files": [one for one in listed_files(folder) if one["path"] not in (CARD_FILE, REPORT_FILE)]
-    }
+    files = [one for one in listed_files(folder) if one["path"] not in (CARD_FILE, REPORT_FILE)]
+    described = {**manifest, "files": files}
     (folder / CARD_FILE).write_text(model_card(described, contents))
     (folder / REPORT_FILE).write_text(report_page(described, contents))
     return _write_manifest(folder, manifest)

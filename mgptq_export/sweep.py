@@ -17,13 +17,16 @@ from mgptq_export import pipeline
 from mgptq_export.evaluation import Scorer, torch_scorer
 from mgptq_export.journal import Journal, Record
 from mgptq_export.layouts import Calibration
+from mgptq_export.manifest import read_manifest
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.models import SourceModel, gguf_source, load_shape, load_source
 from mgptq_export.models.gguf_file import read_gguf_file
 from mgptq_export.output import SWEEP_FILE, unfinished_run
+from mgptq_export.packaging import describe
 from mgptq_export.quantize import calibrate, calibration_set, check_budget
 from mgptq_export.recipe import Recipe
 from mgptq_export.report import SWEEP_PAGE, sweep_page
+from mgptq_export.solved import read_solved
 from mgptq_export.targets import target_named
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.package import file_sha256
@@ -54,8 +57,9 @@ def sweep(
     """Quantize a model at several budgets, all from one calibration, and measure every result alike.
 
     Every budget becomes a package of its own, ``OUT/2.25`` and so on: the one that :func:`mgptq_export.pipeline.run`
-    makes at that budget, byte for byte. The original is scored once: of its logits the scored half is kept beside
-    ``out`` until the end, 4 bytes for each of ``windows * window / 2 * vocabulary``.
+    makes at that budget, byte for byte, but for the picture of all budgets in its report. The original is scored once:
+    of its logits the scored half is kept beside ``out`` until the end, 4 bytes for each of ``windows * window / 2 *
+    vocabulary``.
 
     A sweep that was stopped can be resumed, with other budgets and other files to compare with, too; what is finished
     is not done again.
@@ -115,12 +119,15 @@ def sweep(
             calibration = calibrate(source, recipe, journal)
             for one in recipes.values():
                 rows += _budget_rows(folder, source, calibration, one, targets, measure, journal)
+        rows = _with_front(rows)
+        for budget in recipes:
+            _tell_of_sweep(folder / budget, rows)
         swept = {
             "name": source.name,
             "targets": list(targets),
             "recipe": {key: value for key, value in recipe.to_json().items() if key not in ("bits", "size")},
             "evaluation": {key: value for key, value in original.items() if key != "results"},
-            "rows": _with_front(rows),
+            "rows": rows,
         }
         (folder / SWEEP_FILE).write_text(json.dumps(swept, indent=2) + "\n")
         (folder / SWEEP_PAGE).write_text(sweep_page(swept))
@@ -259,6 +266,15 @@ def _budget_rows(
             requested_bits=recipe.bits,
             seconds=seconds,
         )
+
+
+def _tell_of_sweep(package: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Keep in a package what all budgets came to, for its report."""
+    manifest, rows = read_manifest(package), [{**row, "seconds": None} for row in rows]
+    told = [replace(one, history=replace(one.history, sweep=tuple(rows))) for one in read_solved(package, manifest)]
+    for one in told:
+        one.history.write(package / one.layout.folder)
+    describe(package, told, manifest)
 
 
 def _row(

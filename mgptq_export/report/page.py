@@ -82,14 +82,17 @@ def sweep_page(swept: Mapping[str, Any]) -> str:
     Args:
         swept: see :func:`mgptq_export.sweep.sweep`.
     """
-    figure = Figure(
+    return _rendered("sweep.html.j2", [_front_figure(swept["rows"])], swept=swept)
+
+
+def _front_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    return Figure(
         "front",
         "What bytes buy",
         "Every point is a model, further left smaller and further down better; filled ones are on the Pareto front. "
-        "The line leads along the budgets of this sweep.",
-        front_chart(swept["rows"]),
+        "The line leads along the budgets of one sweep.",
+        front_chart(rows),
     )
-    return _rendered("sweep.html.j2", [figure], swept=swept)
 
 
 def _rendered(template: str, figures: Sequence[Figure], **values: Any) -> str:
@@ -129,6 +132,8 @@ def _figures(manifest: Mapping[str, Any], contents: Sequence[PackageContent]) ->
             "Perplexity of the original and of what was made of it, on the same windows of the same text.",
             quality_chart(manifest["evaluation"]["results"]),
         )
+    for rows in [content.history.sweep for content in contents if content.history.sweep][:1]:
+        yield _front_figure(rows)
     for content in contents:
         yield from _layout_figures(manifest, content, f", {content.layout.name} layout" if len(contents) > 1 else "")
 

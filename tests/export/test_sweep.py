@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from mgptq_export import cli as command
 from mgptq_export import pipeline
 from mgptq_export import sweep as module
+from mgptq_export.history import History
 from mgptq_export.journal import Journal, Record
 from mgptq_export.manifest import read_manifest, verify
 from mgptq_export.sweep import sweep
@@ -29,6 +30,12 @@ QUICK = replace(RECIPE, recovery_steps=2)
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def of_this_budget(folder: Path) -> dict[str, bytes]:
+    """What of a package says nothing of the other budgets."""
+    of_sweep = {"quantized/history.json", "report.html", "manifest.json"}
+    return {path: content for path, content in contents(folder).items() if path not in of_sweep}
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -104,7 +111,19 @@ def test_the_model_is_calibrated_and_the_original_scored_once(swept, calls, text
 @pytest.mark.parametrize("bits", BUDGETS)
 def test_every_budget_gives_the_package_that_a_run_gives_byte_for_byte(even_model, swept, text, tmp_path, bits):
     pipeline.run(str(even_model), tmp_path / "out", replace(QUICK, bits=bits), ["container"], text=text)
-    assert contents(swept / f"{bits:g}") == contents(tmp_path / "out")
+    assert of_this_budget(swept / f"{bits:g}") == of_this_budget(tmp_path / "out")
+    (of_sweep, of_run) = (read_manifest(folder) for folder in (swept / f"{bits:g}", tmp_path / "out"))
+    assert of_sweep | {"files": []} == of_run | {"files": []}
+
+
+@pytest.mark.parametrize("bits", BUDGETS)
+def test_every_package_reports_where_it_stands_among_all(swept, bits, tmp_path):
+    package = swept / f"{bits:g}"
+    rows = timeless(list(rows_of(swept).values()))
+    assert list(History.read(package / "quantized").sweep) == rows
+    assert "What bytes buy" in (package / "report.html").read_text()
+    pipeline.export(package, ["onnx"], tmp_path / "more")
+    assert "What bytes buy" in (tmp_path / "more/report.html").read_text()
 
 
 @pytest.mark.parametrize("bits", BUDGETS)
@@ -277,9 +296,8 @@ def test_a_stopped_sweep_goes_on_with_one_more_budget_but_not_with_another_text(
     with pytest.raises(OutputExistsError, match=r"evaluation\.windows was 3 and is 2"):
         sweep(str(even_model), out, QUICK, BUDGETS, ["container"], replace(text, windows=2), resume=True)
     sweep(str(even_model), out, QUICK, BUDGETS, ["container"], text, resume=True)
-    assert {name: contents(out / name) for name in ("2.25", "3")} == {
-        name: contents(swept / name) for name in ("2.25", "3")
-    }
+    for name in ("2.25", "3"):
+        assert of_this_budget(out / name) == of_this_budget(swept / name)
 
 
 def test_a_sweep_is_replaced_only_when_asked(even_model, swept, text, tmp_path):
