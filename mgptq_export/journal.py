@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 
 from mgptq_runtime.errors import BadInputError
 
-__all__ = ["FORGETFUL", "Journal", "Record"]
+__all__ = ["FORGETFUL", "Journal", "Kept", "Record"]
 
 FACTS = "facts"
 
@@ -30,19 +31,30 @@ class Record:
     facts: Any = None
 
 
+@dataclass
+class Kept:
+    """What has been written, parts of the job included: records, their bytes on disk, seconds until they were there."""
+
+    records: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
 class Journal:
     """Records by name. Each is on disk whole or not at all, and has reached the disk when it is said to be there.
 
     Args:
         folder: where records lie; None to remember nothing.
+        kept: counts what is written.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, kept: Kept | None = None) -> None:
         self._folder = folder
+        self.kept = kept or Kept()
 
     def within(self, name: str) -> "Journal":
         """A journal of its own for a part of the job."""
-        return Journal(self._folder and self._folder / name)
+        return Journal(self._folder and self._folder / name, self.kept)
 
     def __contains__(self, name: str) -> bool:
         return self._folder is not None and self._path(name).exists()
@@ -90,6 +102,7 @@ class Journal:
         """Keep a record, in the place of one of the same name."""
         if self._folder is None:
             return
+        start = time.monotonic()
         self._folder.mkdir(parents=True, exist_ok=True)
         arrays = {key: np.ascontiguousarray(array) for key, array in record.arrays.items()}
         partial = self._folder / f".{name}.partial"
@@ -102,6 +115,9 @@ class Journal:
             raise
         with suppress(PermissionError):  # folders cannot be opened on Windows
             _flush(self._folder, os.O_RDONLY)
+        self.kept.records += 1
+        self.kept.bytes += self._path(name).stat().st_size
+        self.kept.seconds += time.monotonic() - start
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None

@@ -113,6 +113,10 @@ def unfinished_run(out: Path, *, overwrite: bool, resume: bool) -> Iterator[Unfi
             shutil.rmtree(package, ignore_errors=True)
             package.mkdir()
             yield UnfinishedRun(package, journal, resumed, Journal(work))
+            kept = journal.kept
+            logger.debug(
+                "kept %d records of %.1f MB for --resume in %.1f s", kept.records, kept.bytes / 1e6, kept.seconds
+            )
             _publish(package, out, overwrite)
         except BaseException as error:
             keeps = not journal.empty and (resumed or not _would_fail_again(error))

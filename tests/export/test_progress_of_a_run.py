@@ -107,6 +107,7 @@ def test_the_log_has_everything_of_a_quiet_run_and_grows(even_model, tmp_path):
         "trial 1: KL divergence ",
         "stored bits so far",
         "stored bits per weight",
+        "MB for --resume in ",
         "done",
     ):
         assert wanted in messages

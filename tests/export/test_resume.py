@@ -221,6 +221,15 @@ def test_records_come_back_as_they_were(tmp_path):
     assert not journal.empty and "x" in journal and "x" not in Journal(tmp_path)
 
 
+def test_a_journal_counts_what_it_wrote_in_all_parts_of_the_job(tmp_path):
+    journal = Journal(tmp_path)
+    journal.put("x", Record({"a": np.zeros(1000)}))
+    journal.within("part").put("y", Record(facts="y"))
+    assert journal.kept.records == 2
+    assert journal.kept.bytes == sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) > 8000
+    assert journal.kept.seconds > 0
+
+
 def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     journal = Journal(tmp_path)
     journal.put("x", Record(facts="old"))
