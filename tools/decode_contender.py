@@ -45,7 +45,7 @@ class Mgptq:
         return self._append(np.array([token]))
 
     def _append(self, tokens: np.ndarray) -> int:
-        return int(self.backend.forward(tokens[None], self.cache, last_only=True)[0, -1].argmax())
+        return int(self.backend.forward(tokens[None], self.cache, first_logit=-1)[0, -1].argmax())
 
 
 class Genai:

@@ -74,14 +74,14 @@ def measure_speed(
             f"{prompt_tokens} + {decode_tokens} tokens: each at least 1, together at most {backend.context_length}"
         )
     ids = np.random.default_rng(0).integers(0, backend.vocabulary_size, (1, prompt_tokens))
-    backend.forward(ids, backend.new_cache(), last_only=True)
+    backend.forward(ids, backend.new_cache(), first_logit=-1)
     cache = backend.new_cache()
     start = time.perf_counter()
-    backend.forward(ids, cache, last_only=True)
+    backend.forward(ids, cache, first_logit=-1)
     prefill_seconds = time.perf_counter() - start
     start = time.perf_counter()
     for i in range(decode_tokens):
-        backend.forward(ids[:, i % prompt_tokens][:, None], cache, last_only=True)
+        backend.forward(ids[:, i % prompt_tokens][:, None], cache, first_logit=-1)
         advance()
     decode_seconds = time.perf_counter() - start
     return BenchResult(

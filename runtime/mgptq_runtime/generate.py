@@ -68,7 +68,7 @@ def _prefill(backend: Backend, prompt: Sequence[int], cache: object) -> np.ndarr
     """Feed the prompt in pieces, so that its activations need little memory; the last logits: float32 [vocabulary]."""
     ids = np.array([prompt], np.int64)
     for start in range(0, ids.shape[1], PREFILL_TOKENS):
-        logits = backend.forward(ids[:, start : start + PREFILL_TOKENS], cache, last_only=True)
+        logits = backend.forward(ids[:, start : start + PREFILL_TOKENS], cache, first_logit=-1)
     return logits[0, -1]
 
 
@@ -104,4 +104,4 @@ def generate_tokens(
             return
         yield token
         if length + 1 < min(len(prompt) + max_tokens, backend.context_length):
-            logits = backend.forward(np.array([[token]], np.int64), cache, last_only=True)[0, -1]
+            logits = backend.forward(np.array([[token]], np.int64), cache, first_logit=-1)[0, -1]

@@ -96,12 +96,13 @@ def measure_perplexity(
     count = min(windows, len(token_ids) // window)
     if not count:
         raise BadInputError(f"the text has {len(token_ids)} tokens, it must have {window} or more (one window)")
-    total = 0.0
+    total, half = 0.0, window // 2
     for ids in np.array(token_ids[: count * window], np.int64).reshape(count, 1, window):
-        logits = backend.forward(ids, backend.new_cache())
-        total += _log_likelihood(logits[0, window // 2 - 1 : -1], ids[0, window // 2 :])
+        # The last token is predicted, and predicts nothing that is scored.
+        logits = backend.forward(ids[:, :-1], backend.new_cache(), first_logit=half - 1)
+        total += _log_likelihood(logits[0], ids[0, half:])
         advance()
-    scored = count * (window // 2)
+    scored = count * half
     if not np.isfinite(total):
         raise NumericalError("the model computed NaN or infinity; run: mgptq-run check PACKAGE")
     return Perplexity(float(np.exp(-total / scored)), scored, count, backend.name)

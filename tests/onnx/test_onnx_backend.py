@@ -80,14 +80,22 @@ def test_earlier_logits_are_not_overwritten(exported, exact):
     assert np.array_equal(first, kept)
 
 
+@pytest.mark.parametrize("first_logit", [0, 4, 9, -1, -4, -10])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_last_only_gives_the_last_of_the_same_logits(exported, exact, batch):
+def test_logits_are_given_from_the_first_that_is_asked_for(exported, exact, batch, first_logit):
     cache = exact.new_cache(batch)
-    first = exact.forward(exported.token_ids[:batch, :30], cache, last_only=True)
-    second = exact.forward(exported.token_ids[:batch, 30:], cache, last_only=True)
-    assert first.shape == second.shape == (batch, 1, exact.vocabulary_size)
-    assert np.abs(first - exported.oracle[:batch, 29:30]).max() <= 1e-4
-    assert np.abs(second - exported.oracle[:batch, -1:]).max() <= 1e-4
+    for start in range(0, 40, 10):
+        step = slice(start, start + 10)
+        logits = exact.forward(exported.token_ids[:batch, step], cache, first_logit=first_logit)
+        expected = exported.oracle[:batch, step][:, first_logit:]
+        assert logits.shape == expected.shape
+        assert np.abs(logits - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("first_logit", [10, -11])
+def test_logits_of_positions_that_are_not_new_are_refused(exported, exact, first_logit):
+    with pytest.raises(BadInputError, match=f"first_logit is {first_logit}, of 10 new tokens it may be -10 to 9"):
+        exact.forward(exported.token_ids[:1, :10], exact.new_cache(), first_logit=first_logit)
 
 
 def test_package_that_computes_all_logits_always_still_runs(exported, package):
@@ -107,8 +115,8 @@ def test_package_that_computes_all_logits_always_still_runs(exported, package):
     cache = backend.new_cache()
     logits = backend.forward(exported.token_ids[:1, :20], cache)
     assert np.abs(logits - exported.oracle[:1, :20]).max() <= 1e-4
-    last = backend.forward(exported.token_ids[:1, 20:], cache, last_only=True)
-    assert last.shape[1] == 1 and np.abs(last - exported.oracle[:1, -1:]).max() <= 1e-4
+    last = backend.forward(exported.token_ids[:1, 20:], cache, first_logit=-3)
+    assert last.shape[1] == 3 and np.abs(last - exported.oracle[:1, -3:]).max() <= 1e-4
 
 
 def test_genai_generates_the_same_tokens(exported, fast):

@@ -28,8 +28,8 @@ class Shifted:
     def new_cache(self, batch: int = 1):
         return self._backend.new_cache(batch)
 
-    def forward(self, token_ids, cache, *, last_only=False):
-        return self._change(self._backend.forward(token_ids, cache, last_only=last_only))
+    def forward(self, token_ids, cache, *, first_logit=0):
+        return self._change(self._backend.forward(token_ids, cache, first_logit=first_logit))
 
 
 def changed(golden: GoldenVectors, **arrays: np.ndarray) -> GoldenVectors:

@@ -88,6 +88,6 @@ def test_unusable_sampling_values_are_refused(values):
 
 
 def test_logits_that_are_not_finite_stop_generation(backend, monkeypatch):
-    monkeypatch.setattr(backend, "forward", lambda ids, cache, last_only: np.full((1, 1, 512), np.nan, np.float32))
+    monkeypatch.setattr(backend, "forward", lambda ids, cache, first_logit: np.full((1, 1, 512), np.nan, np.float32))
     with pytest.raises(NumericalError, match="mgptq-run check"):
         list(generate_tokens(backend, [1], max_tokens=1))

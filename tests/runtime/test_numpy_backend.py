@@ -82,6 +82,27 @@ def test_long_prompts_are_attended_in_chunks_with_the_same_result():
     assert np.abs(backend.forward(ids, backend.new_cache()) - expected).max() <= 1e-3
 
 
+@pytest.mark.parametrize("first_logit", [0, 7, 39, -1, -7, -40])
+def test_logits_are_computed_from_the_first_that_is_asked_for(model, first_logit, monkeypatch):
+    ids = random_ids(model)
+    backend = NumpyBackend(model)
+    whole = backend.forward(ids, backend.new_cache(2))
+    head, computed = backend.head, []
+    monkeypatch.setattr(backend, "head", lambda hidden: computed.append(hidden.shape[1]) or head(hidden))
+    logits = backend.forward(ids, backend.new_cache(2), first_logit=first_logit)
+    assert np.abs(logits - whole[:, first_logit:]).max() <= 1e-4
+    assert computed == [logits.shape[1]]
+
+
+@pytest.mark.parametrize("first_logit", [40, -41])
+def test_logits_of_positions_that_are_not_new_are_refused(model, first_logit):
+    backend = NumpyBackend(model)
+    cache = backend.new_cache(2)
+    with pytest.raises(BadInputError, match=f"first_logit is {first_logit}, of 40 new tokens it may be -40 to 39"):
+        backend.forward(random_ids(model), cache, first_logit=first_logit)
+    assert cache.length == 0
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [

@@ -24,15 +24,15 @@ class Backend(Protocol):
         """An empty KV cache for ``batch`` sequences of equal length; opaque to callers."""
         ...
 
-    def forward(self, token_ids: np.ndarray, cache: Any, *, last_only: bool = False) -> np.ndarray:
+    def forward(self, token_ids: np.ndarray, cache: Any, *, first_logit: int = 0) -> np.ndarray:
         """Append tokens to the cached sequences.
 
         Args:
             token_ids: int64 [batch, sequence], the new tokens only.
             cache: from :meth:`new_cache`; extended in place.
-            last_only: compute the logits of the last position only.
+            first_logit: the first of the new positions whose logits are computed; -1 for the last alone.
 
         Returns:
-            logits, float32 [batch, sequence, vocabulary]; or [batch, 1, vocabulary].
+            logits, float32 [batch, positions, vocabulary].
         """
         ...

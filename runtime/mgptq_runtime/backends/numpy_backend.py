@@ -70,7 +70,10 @@ def _apply_segments(linear: QuantizedLinear, activation: np.ndarray, rows: slice
     for segment in linear.segments:
         weight = format_named(segment.format).dequantize(segment.data[rows])
         part = activation[:, start : start + segment.columns] @ weight.T
-        output = part if output is None else output + part
+        if output is None:
+            output = part
+        else:
+            output += part
         start += segment.columns
     assert output is not None
     return output
@@ -99,22 +102,23 @@ class NumpyBackend:
         return KeyValueCache(self._family.layer_count, batch)
 
     @np.errstate(all="ignore")
-    def forward(self, token_ids: np.ndarray, cache: KeyValueCache, *, last_only: bool = False) -> np.ndarray:
+    def forward(self, token_ids: np.ndarray, cache: KeyValueCache, *, first_logit: int = 0) -> np.ndarray:
         """Append tokens to the cached sequences.
 
         Args:
             token_ids: int64 [batch, sequence], the new tokens only.
             cache: from :meth:`new_cache`; extended in place.
-            last_only: compute the logits of the last position only.
+            first_logit: the first of the new positions whose logits are computed; -1 for the last alone.
 
         Returns:
-            logits, float32 [batch, sequence, vocabulary]; or [batch, 1, vocabulary].
+            logits, float32 [batch, positions, vocabulary].
 
         Raises:
-            BadInputError: shapes that do not fit, a token id out of range, or more tokens than the context holds.
+            BadInputError: shapes that do not fit, a token id or a position out of range, or more tokens than the
+                context holds.
         """
-        self._check_tokens(token_ids, cache)
-        return self._family.forward(self, token_ids, cache, lambda hidden: None, last_only=last_only)
+        self._check_tokens(token_ids, cache, first_logit)
+        return self._family.forward(self, token_ids, cache, lambda hidden: None, first_logit=first_logit)
 
     @np.errstate(all="ignore")
     def forward_with_digests(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -135,8 +139,8 @@ class NumpyBackend:
         )
         return logits, np.stack(digests)
 
-    def _check_tokens(self, token_ids: np.ndarray, cache: KeyValueCache) -> None:
-        check_tokens(token_ids, cache.batch, cache.length, self.vocabulary_size, self.context_length)
+    def _check_tokens(self, token_ids: np.ndarray, cache: KeyValueCache, first_logit: int = 0) -> None:
+        check_tokens(token_ids, cache.batch, cache.length, self.vocabulary_size, self.context_length, first_logit)
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         """int64 [batch, sequence] to float32 [batch, sequence, hidden]; only these rows are dequantized."""

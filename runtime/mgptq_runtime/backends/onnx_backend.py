@@ -283,29 +283,30 @@ class OnnxBackend:
             binding.bind_output(present, **_place(buffer))
         return binding
 
-    def forward(self, token_ids: np.ndarray, cache: OnnxCache, *, last_only: bool = False) -> np.ndarray:
+    def forward(self, token_ids: np.ndarray, cache: OnnxCache, *, first_logit: int = 0) -> np.ndarray:
         """Append tokens to the cached sequences.
 
         Args:
             token_ids: int64 [batch, sequence], the new tokens only.
             cache: from :meth:`new_cache`; extended in place.
-            last_only: compute the logits of the last position only.
+            first_logit: the first of the new positions whose logits are computed; -1 for the last alone.
 
         Returns:
-            logits, float32 [batch, sequence, vocabulary]; or [batch, 1, vocabulary].
+            logits, float32 [batch, positions, vocabulary].
 
         Raises:
-            BadInputError: shapes that do not fit, a token id out of range, or more tokens than the context holds.
+            BadInputError: shapes that do not fit, a token id or a position out of range, or more tokens than the
+                context holds.
         """
-        check_tokens(token_ids, cache.batch, cache.length, self.vocabulary_size, self.context_length)
+        check_tokens(token_ids, cache.batch, cache.length, self.vocabulary_size, self.context_length, first_logit)
         self._reserve(cache, cache.length + token_ids.shape[1])
         if cache.batch == 1 or cache.length == 0:
-            return self._run(token_ids, cache, last_only)
+            return self._run(token_ids, cache, first_logit)
         # ONNX Runtime's attention extends a filled cache by several tokens for a single sequence only.
-        steps = [self._run(step, cache, last_only) for step in np.split(token_ids, token_ids.shape[1], axis=1)]
-        return steps[-1] if last_only else np.concatenate(steps, axis=1)
+        steps = [self._run(step, cache, 0) for step in np.split(token_ids, token_ids.shape[1], axis=1)]
+        return np.concatenate(steps[first_logit:], axis=1)
 
-    def _run(self, token_ids: np.ndarray, cache: OnnxCache, last_only: bool) -> np.ndarray:
+    def _run(self, token_ids: np.ndarray, cache: OnnxCache, first_logit: int) -> np.ndarray:
         batch, count = token_ids.shape
         total = cache.length + count
         binding = cache.binding
@@ -314,11 +315,10 @@ class OnnxBackend:
         if self._takes_positions:
             positions = np.arange(cache.length, total, dtype=np.int64)
             binding.bind_cpu_input(POSITIONS, np.tile(positions, (batch, 1)))
-        is_cut = self._takes_first_logit and last_only
-        first_logit = np.array([-1 if is_cut else 0], np.int64)
+        first = np.array([first_logit % count], np.int64)
         if self._takes_first_logit:
             # ONNX Runtime's binding of an array would look for its type among the inputs that have no value.
-            binding.bind_input(FIRST_LOGIT, **_place(first_logit))
+            binding.bind_input(FIRST_LOGIT, **_place(first))
         binding.bind_output("logits", "cpu")
         try:
             self._session.run_with_iobinding(binding)
@@ -328,7 +328,8 @@ class OnnxBackend:
             ) from error
         cache.length = total
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
-        wanted = (batch, 1 if is_cut else count, self.vocabulary_size)
+        kept = count - int(first[0])
+        wanted = (batch, kept if self._takes_first_logit else count, self.vocabulary_size)
         if logits.shape != wanted:
             raise PackageError(f"the ONNX model computes logits of {logits.shape}, not {wanted}; export it again")
-        return logits[:, -1:] if last_only else logits
+        return logits[:, -kept:]

@@ -159,7 +159,7 @@ class Decoder:
         cache: Cache,
         observe: Callable[[np.ndarray], None],
         *,
-        last_only: bool = False,
+        first_logit: int = 0,
     ) -> np.ndarray:
         """Compute logits of new tokens: see :class:`mgptq_runtime.families.layout.Family`."""
         end = cache.length + token_ids.shape[1]
@@ -173,8 +173,7 @@ class Decoder:
             hidden = hidden + self._feed_forward(weights, layer, hidden)
             observe(hidden)
         cache.length = end
-        wanted = hidden[:, -1:] if last_only else hidden
-        return weights.head(self._norm(weights, "output_norm", wanted))
+        return weights.head(self._norm(weights, "output_norm", hidden[:, first_logit:]))
 
     def _rotation(self, frequencies: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines, float32 [sequence, rotary_size / 2]."""

@@ -4,7 +4,7 @@ import numpy as np
 
 __all__ = ["attention", "gelu_tanh", "rms_norm", "rotate", "silu"]
 
-QUERY_CHUNK = 256
+QUERY_CHUNK = 128
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
@@ -36,11 +36,6 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def _softmax(x: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
-
-
 def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, window: int = 0) -> np.ndarray:
     """Causal grouped-query attention; the queries are the last of the key positions.
 
@@ -58,7 +53,7 @@ def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: 
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads, sequence, head_size)
     grouped = grouped * np.float32(scale)
     mixed = np.empty_like(grouped)
-    # In chunks, so that a long prompt needs no square matrix of scores.
+    # In chunks, so that a long prompt needs no square matrix of scores; in place, since these are the largest arrays.
     for start in range(0, sequence, QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, sequence)
         visible = positions - sequence + end
@@ -66,6 +61,8 @@ def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: 
         row = np.arange(visible - (end - start), visible)[:, None]
         column = np.arange(visible)
         hidden = (column > row) | (column <= row - window) if window else column > row
-        scores[..., hidden] = -np.inf
-        mixed[..., start:end, :] = _softmax(scores) @ values[:, :, None, :visible]
+        np.copyto(scores, -np.inf, where=hidden)
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        mixed[..., start:end, :] = scores @ values[:, :, None, :visible] / scores.sum(axis=-1, keepdims=True)
     return mixed.reshape(batch, heads, sequence, head_size).transpose(0, 2, 1, 3).reshape(batch, sequence, -1)

@@ -107,7 +107,7 @@ class Family(Protocol):
         cache: Cache,
         observe: Callable[[np.ndarray], None],
         *,
-        last_only: bool = False,
+        first_logit: int = 0,
     ) -> np.ndarray:
         """Compute logits of new tokens.
 
@@ -116,9 +116,9 @@ class Family(Protocol):
             cache: of the tokens before; extended in place.
             observe: called with the residual stream, float32 [batch, sequence, hidden]: the embedding output,
                 then each layer's output.
-            last_only: compute the logits of the last position only.
+            first_logit: the first of the new positions whose logits are computed; -1 for the last alone.
 
         Returns:
-            float32 [batch, sequence, vocabulary]; or [batch, 1, vocabulary].
+            float32 [batch, positions, vocabulary].
         """
         ...
