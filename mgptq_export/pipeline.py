@@ -388,7 +388,10 @@ def _scorers(source: SourceModel, solved: Sequence[Solved], package: Path, targe
 
 
 def _backend_scorer(backend: Backend) -> Scorer:
-    return lambda tokens: torch.from_numpy(backend.forward(tokens.numpy(), backend.new_cache()))[0]
+    def score(tokens: torch.Tensor, positions: int) -> torch.Tensor:
+        return torch.from_numpy(backend.forward(tokens.numpy(), backend.new_cache(), first_logit=-positions))[0]
+
+    return score
 
 
 def measure(

@@ -199,10 +199,9 @@ def _quantized_on_purpose() -> Iterator[None]:
 def _scored_once(scorer: Scorer, journal: Journal) -> Scorer:
     """A scorer that computes every window once, whatever becomes of its model; its logits are parts of files."""
 
-    def score(tokens: torch.Tensor) -> torch.Tensor:
+    def score(tokens: torch.Tensor, positions: int) -> torch.Tensor:
         window = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-        first = tokens.shape[1] // 2 - 1
-        record = journal.once(window, lambda: Record({"logits": scorer(tokens)[first:].numpy()}))
+        record = journal.once(window, lambda: Record({"logits": scorer(tokens, positions).numpy()}))
         return torch.from_numpy(record.arrays["logits"])
 
     return score

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from mgptq_export import pipeline
 from mgptq_export.checkpoint import read_checkpoint
-from mgptq_export.evaluation import evaluate, evaluation_windows
+from mgptq_export.evaluation import evaluate, evaluation_windows, torch_scorer
 from mgptq_export.inspection import inspect_package
 from mgptq_export.layouts import COLUMNS
 from mgptq_export.manifest import read_manifest, verify
@@ -408,34 +408,50 @@ def test_eval_against_another_model_is_refused(package, even_model, odd_model):
         pipeline.evaluate_package(package.folder, str(other), package.text)
 
 
-def test_evaluation_is_that_of_the_definition():
+@pytest.mark.parametrize(("window", "scored"), [(2, 4), (9, 20), (100, 200)])
+def test_evaluation_is_that_of_the_definition(window, scored):
     """KL(original || other), perplexity and agreement over the second half of each window, from the formulas."""
     generator = torch.Generator().manual_seed(0)
     table, noise = torch.randn(2, 11, 11, generator=generator).double()
-    windows = torch.randint(11, (4, 9), generator=generator)
+    windows = torch.randint(11, (4, window), generator=generator)
 
-    def original(tokens: torch.Tensor) -> torch.Tensor:
-        return table[tokens[0]].float()
+    def original(tokens: torch.Tensor, positions: int) -> torch.Tensor:
+        return table[tokens[0, -positions:]].float()
 
-    def other(tokens: torch.Tensor) -> torch.Tensor:
-        return (table + 0.5 * noise)[tokens[0]].float()
+    def other(tokens: torch.Tensor, positions: int) -> torch.Tensor:
+        return (table + 0.5 * noise)[tokens[0, -positions:]].float()
 
     found = evaluate(windows, original, {"other": other, "same": original})
     p, q = torch.log_softmax(table, -1), torch.log_softmax(table + 0.5 * noise, -1)
     loss = divergence = agreed = count = 0.0
-    for window in windows.tolist():
-        for position in range(4, 9):
-            before, token = window[position - 1], window[position]
+    for tokens in windows.tolist():
+        for position in range(window // 2, window):
+            before, token = tokens[position - 1], tokens[position]
             loss -= float(q[before, token])
             divergence += float((p[before].exp() * (p[before] - q[before])).sum())
             agreed += float(p[before].argmax() == q[before].argmax())
             count += 1
-    assert found["other"].tokens == count == 20
+    assert found["other"].tokens == count == scored
     assert found["other"].perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
     assert found["other"].kl_divergence == pytest.approx(divergence / count, rel=1e-5)
     assert found["other"].top1_agreement == agreed / count
     assert found["same"].kl_divergence == 0 and found["same"].top1_agreement == 1
     assert found["same"] == found["original"]
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_model_is_scored_at_its_last_positions_whether_or_not_it_can_keep_them_alone(even_model, knows, monkeypatch):
+    model = load_source(str(even_model)).model
+    tokens = torch.arange(3, 23)[None]
+    whole = model(tokens).logits[0].detach()
+    computed = []
+    model.lm_head.register_forward_hook(lambda module, given, logits: computed.append(logits.shape[1]))
+    if not knows:
+        forward = model.forward
+        monkeypatch.setattr(model, "forward", lambda input_ids, use_cache: forward(input_ids, use_cache=use_cache))
+    found = torch_scorer(model)(tokens, 7)
+    torch.testing.assert_close(found, whole[-7:])
+    assert computed == [7 if knows else 20]
 
 
 def test_windows_are_cut_one_after_another_and_a_rest_is_left_out():
