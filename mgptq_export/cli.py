@@ -558,15 +558,20 @@ def plan(
     as_json: bool,
     **recipe: Any,
 ) -> None:
-    """Say what MODEL would become at --bits or in --size, and which targets reach it, without running anything."""
+    """Say what MODEL would become at --bits or in --size, and which targets reach it, without running anything.
+
+    Exit code 1 where no target reaches the --bits or the --size that are given.
+    """
     with exit_at_once():
-        from mgptq_export.planning import plan_model
+        from mgptq_export.planning import check_reachable, plan_model
 
     planned = plan_model(model, _recipe(**recipe), targets, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(planned))
-        return
-    _print_plan(planned)
+    else:
+        _print_plan(planned)
+    if recipe["bits"] is not None or recipe["size"] is not None:
+        check_reachable(planned)
 
 
 def _print_plan(planned: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from mgptq_export.layouts import LAYOUTS, Calibration, Layout
 from mgptq_export.manifest import read_manifest, verify_files
 from mgptq_export.memory import IN_MEMORY, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
-from mgptq_export.models import SourceModel, count_model_weights, load_quantized_weights, load_source
+from mgptq_export.models import SourceModel, check_local, count_model_weights, load_quantized_weights, load_source
 from mgptq_export.output import UnfinishedRun, new_folder, unfinished_run
 from mgptq_export.packaging import complete, package_backends, runs_on_backends, versions, write_targets
 from mgptq_export.planning import bits_for_size
@@ -113,7 +113,7 @@ def run(
     layouts, device = layouts_of(targets), launched().device(device)
     with (
         joined(device) as world,
-        _under_way(out, overwrite, resume, world) as under_way,
+        _under_way(model, out, overwrite, resume, world) as under_way,
         typed_memory_errors(),
     ):
         folder, journal = under_way.folder, under_way.journal
@@ -135,9 +135,13 @@ def run(
 
 
 @contextmanager
-def _under_way(out: Path, overwrite: bool, resume: bool, world: World) -> Iterator[UnfinishedRun]:
-    """:func:`mgptq_export.output.unfinished_run` on the first rank, what follows from it on the others."""
+def _under_way(model: str, out: Path, overwrite: bool, resume: bool, world: World) -> Iterator[UnfinishedRun]:
+    """:func:`mgptq_export.output.unfinished_run` on the first rank, what follows from it on the others.
+
+    A model that is not there is told first: what to do with a run that was stopped would be the wrong question.
+    """
     if world.is_first:
+        check_local(model)
         with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way:
             yield replace(under_way, journal=world.shared(under_way.journal))
     else:

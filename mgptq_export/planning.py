@@ -1,7 +1,7 @@
 """Looking ahead at a model: which targets can reach which bits, why, and how large the files will be."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mgptq_export.targets.onnx.size import onnx_files
 from mgptq_export.targets.skeleton import PlannedFile, Skeleton, make_skeleton
 from mgptq_runtime.errors import BadInputError, BudgetError, MgptqError, UnsupportedModelError
 
-__all__ = ["bits_for_size", "plan_model"]
+__all__ = ["bits_for_size", "check_reachable", "plan_model"]
 
 FILES: dict[str, Callable[[Skeleton], list[PlannedFile]]] = {
     "container": container_files,
@@ -66,6 +66,22 @@ def plan_model(
         "size": recipe.size,
         "targets": planned,
     }
+
+
+def check_reachable(planned: Mapping[str, Any]) -> None:
+    """Refuse a plan, see :func:`plan_model`, that none of its targets reaches.
+
+    Raises:
+        BudgetError: with what each target can reach.
+    """
+    if any(target["reachable"] for target in planned["targets"].values()):
+        return
+    asked = f"{planned['bits']:g} stored bits" if planned["size"] is None else f"a size of {planned['size']} bytes"
+    reasons: dict[str, list[str]] = {}
+    for name, target in planned["targets"].items():
+        reasons.setdefault(target["reason"], []).append(name)
+    told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+    raise BudgetError(f"no target can reach {asked} with this model: {told}. Ask for what one can reach")
 
 
 def bits_for_size(source: SourceModel, recipe: Recipe, targets: Sequence[str], folder: Path) -> float:

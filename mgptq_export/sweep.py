@@ -19,7 +19,7 @@ from mgptq_export.journal import Journal, Record
 from mgptq_export.layouts import Calibration
 from mgptq_export.manifest import read_manifest
 from mgptq_export.memory_errors import typed_memory_errors
-from mgptq_export.models import SourceModel, gguf_source, load_shape, load_source
+from mgptq_export.models import SourceModel, check_local, gguf_source, load_shape, load_source
 from mgptq_export.models.gguf_file import read_gguf_file
 from mgptq_export.output import SWEEP_FILE, unfinished_run
 from mgptq_export.packaging import describe
@@ -97,6 +97,7 @@ def sweep(
     recipes = {_name(bits): replace(recipe, bits=bits) for bits in budgets}
     if not recipes:
         raise BadInputError("a sweep without a budget; give stored bits per weight, such as 2.25 and 2.5")
+    check_local(model)
     with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way, typed_memory_errors():
         folder, journal = under_way.folder, under_way.journal
         source = pipeline.load_original(model, targets, folder.parent, device, max_memory, trust_remote_code)

@@ -2,6 +2,7 @@
 
 from mgptq_export.models.source import (
     SourceModel,
+    check_local,
     count_model_weights,
     load_dequantized,
     load_quantized_weights,
@@ -11,6 +12,7 @@ from mgptq_export.models.source import (
 
 __all__ = [
     "SourceModel",
+    "check_local",
     "count_model_weights",
     "load_dequantized",
     "load_quantized_weights",

@@ -33,6 +33,7 @@ from mgptq_runtime.tokenizer import parse_tokenizer
 
 __all__ = [
     "SourceModel",
+    "check_local",
     "count_model_weights",
     "load_dequantized",
     "load_quantized_weights",
@@ -165,6 +166,16 @@ def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
     write_gguf_tokenizer(file, folder)
     tokenizer = _read_tokenizer(folder)
     return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer, _temporary=temporary)
+
+
+def check_local(source: str) -> None:
+    """Refuse a source, as for :func:`load_source`, that cannot be opened; of a hub id nothing is asked or fetched.
+
+    Raises:
+        BadInputError: no file or folder with a model's configuration and weights, and no hub id.
+    """
+    if Path(source).is_file() or Path(source).is_dir() or not _looks_like_hub_id(source):
+        count_model_weights(source)
 
 
 def count_model_weights(source: str) -> int:

@@ -231,3 +231,30 @@ def test_the_command_says_why_a_target_cannot_be_reached(tmp_path):
     model = tiny_models.write_llama(tmp_path / "model", hidden_size=96, intermediate_size=160)
     text = " ".join(" ".join(plan_lines(model)).replace("│", " ").split())
     assert "not reachable: formats of this target give 4.5000 to 8.5000" in text
+
+
+@pytest.mark.parametrize(
+    "asked, told",
+    [
+        (("--bits", 1), "reach 1 stored bits with this model: container, onnx: formats of this target give 1.25"),
+        (("--size", 5000, "--targets", "onnx"), "5000 bytes are too few for target onnx"),
+    ],
+)
+@pytest.mark.parametrize("json_flag", [(), ("--json",)])
+def test_what_no_target_can_reach_is_planned_and_then_refused(main, even_model, asked, told, json_flag):
+    options = ("--targets", "container,onnx", *asked)
+    code, out, err = main("plan", even_model, *options, *json_flag)
+    assert code == 1 and err.count("error: ") == 1 and told in err and err.endswith(" [BudgetError]\n")
+    if json_flag:
+        assert not any(target["reachable"] for target in json.loads(out)["targets"].values())
+    else:
+        assert "not reachable" in out
+
+
+@pytest.mark.parametrize(
+    "bits, targets", [(("--bits", 3), "container,llama.cpp"), ((), "llama.cpp")], ids=["one can", "nothing asked"]
+)
+def test_a_plan_that_answers_what_was_asked_ends_well(main, tmp_path, bits, targets):
+    model = tiny_models.write_llama(tmp_path / "model", hidden_size=96, intermediate_size=160)
+    code, out, err = main("plan", model, *bits, "--targets", targets)
+    assert (code, err) == (0, "") and "not reachable" in out

@@ -21,6 +21,7 @@ from mgptq_export.journal import Journal, Record
 from mgptq_export.manifest import read_manifest, verify
 from mgptq_export.output import unfinished_run
 from mgptq_export.recovery import training
+from mgptq_export.sweep import sweep
 from mgptq_export.targets import TARGETS
 from mgptq_runtime.errors import BadInputError, OutputExistsError
 
@@ -182,6 +183,25 @@ def test_a_wrong_input_costs_a_resumed_run_nothing(model, stopped):
     with pytest.raises(BadInputError):
         pipeline.run(str(model / "nowhere"), stopped, LONG, ["container"], resume=True)
     assert contents(stopped.parent) == before
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+@pytest.mark.parametrize("wrong, told", [("nowhere", "is no model"), ("", "no config.json")])
+def test_a_model_that_is_not_there_is_told_before_the_run_that_was_stopped(stopped, text_file, command, wrong, told):
+    before = contents(stopped.parent)
+    model = str(stopped.parent / wrong)
+    with pytest.raises(BadInputError, match=told):
+        if command == "run":
+            pipeline.run(model, stopped, LONG, ["container"])
+        else:
+            sweep(model, stopped, LONG, [2.5], ["container"], pipeline.EvaluationText(text_file))
+    assert contents(stopped.parent) == before
+
+
+def test_nothing_is_fetched_of_a_model_before_the_run_that_was_stopped_is_told(stopped, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("fetched"))
+    with pytest.raises(OutputExistsError, match="--resume"):
+        pipeline.run("owner/model", stopped, LONG, ["container"])
 
 
 def test_a_damaged_record_is_named(model, text_file, stopped):
