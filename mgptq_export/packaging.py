@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from mgptq_export.solved import Solved
 from mgptq_export.targets import target_named
 from mgptq_runtime.check import DEFAULT_BOUNDS, check_backend
 from mgptq_runtime.errors import BudgetError
-from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, Package, open_package
+from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, open_package
 from mgptq_runtime.progress import report, stage, track
 
-__all__ = ["complete", "describe", "package_backends", "runs_on_backends", "versions", "write_targets"]
+__all__ = ["complete", "describe", "runs_on_backends", "versions", "write_targets"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +55,6 @@ def _check_size(folder: Path, name: str, solved: Solved) -> None:
             f"the model file of target {name} takes {found} bytes, more than the {size} that the model was quantized "
             f"for; quantize it again with {name} among the --targets, or for a smaller --size"
         )
-
-
-def package_backends(opened: Package) -> Iterator[tuple[str, str, int]]:
-    """What a package is run on: what it is called here, the backend, its accuracy level."""
-    for name in opened.backends:
-        yield name, name, 4
-        if name == "onnx":
-            yield "onnx_exact", name, 0
 
 
 def complete(
@@ -113,13 +105,13 @@ def _replayed(folder: Path, targets: Sequence[str]) -> dict[str, Any]:
         return {}
     opened, results = open_package(folder), {}
     with stage("check"):
-        for label, name, level in package_backends(opened):
-            backend = opened.backend(name, accuracy_level=level, threads=torch.get_num_threads())
-            golden = opened.golden(backend)
-            with track(f"Checking {label}", len(golden.token_ids)) as advance:
-                results[label] = check_backend(backend, golden, opened.bounds(name, level), advance).to_json()
-            for failure in results[label]["failures"]:
-                logger.warning("the check on %s failed: %s", label, failure)
+        for way in opened.ways():
+            backend = opened.backend(way.backend, accuracy_level=way.accuracy_level, threads=torch.get_num_threads())
+            golden, bounds = opened.golden(backend), opened.bounds(way.backend, way.accuracy_level)
+            with track(f"Checking {way.name}", len(golden.token_ids)) as advance:
+                results[way.name] = check_backend(backend, golden, bounds, advance).to_json()
+            for failure in results[way.name]["failures"]:
+                logger.warning("the check on %s failed: %s", way.name, failure)
         report(f"{sum(result['passed'] for result in results.values())} of {len(results)} passed")
     return results
 

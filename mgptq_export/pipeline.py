@@ -29,7 +29,7 @@ from mgptq_export.memory import IN_MEMORY, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.models import SourceModel, check_local, count_model_weights, load_quantized_weights, load_source
 from mgptq_export.output import UnfinishedRun, new_folder, unfinished_run
-from mgptq_export.packaging import complete, package_backends, runs_on_backends, versions, write_targets
+from mgptq_export.packaging import complete, runs_on_backends, versions, write_targets
 from mgptq_export.planning import bits_for_size
 from mgptq_export.quantize import calibrate, check_budget, quantize
 from mgptq_export.recipe import Recipe
@@ -385,9 +385,9 @@ def _scorers(source: SourceModel, solved: Sequence[Solved], package: Path, targe
     if not runs_on_backends(targets):
         return scorers
     opened = open_package(package)
-    for label, name, level in package_backends(opened):
-        backend = opened.backend(name, accuracy_level=level, threads=torch.get_num_threads())
-        scorers[label] = _backend_scorer(backend)
+    for way in opened.ways():
+        backend = opened.backend(way.backend, accuracy_level=way.accuracy_level, threads=torch.get_num_threads())
+        scorers[way.name] = _backend_scorer(backend)
     return scorers
 
 

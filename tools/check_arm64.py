@@ -36,7 +36,7 @@ FOLDER = ROOT / "build" / "arm64"
 WAYS: Mapping[str, Sequence[str]] = {
     "numpy": ("--backend", "numpy"),
     "onnx_exact": ("--backend", "onnx", "--accuracy-level", "0"),
-    "onnx_fast": ("--backend", "onnx"),
+    "onnx_fast": ("--backend", "onnx", "--accuracy-level", "4"),
 }
 SAME_TOKENS = ("numpy", "onnx_exact")
 VERSIONS = """

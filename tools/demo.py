@@ -50,9 +50,9 @@ def report(manifest: dict[str, Any], checks: dict[str, Any], answer: str, source
         quality.add_row(name, f"{row['perplexity']:.2f}", f"{row['kl_divergence']:.3f}", f"{row['top1_agreement']:.1%}")
     proof = Table("backend", "passed", "largest difference of logits", "top-1 agreement", title="Check")
     for row in checks["backends"]:
-        proof.add_row(
-            row["backend"], str(row["passed"]), f"{row['max_abs_difference']:.2g}", f"{row['top1_agreement']:.1%}"
-        )
+        level = "" if row["accuracy_level"] is None else f", level {row['accuracy_level']}"
+        difference, agreement = f"{row['max_abs_difference']:.2g}", f"{row['top1_agreement']:.1%}"
+        proof.add_row(row["backend"] + level, str(row["passed"]), difference, agreement)
     for table in (sizes, quality, proof):
         console.print(table)
     console.print(f"Stored bits per weight: {manifest['bits']['stored']:.4f}, asked {manifest['bits']['requested']}")

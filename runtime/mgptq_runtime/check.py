@@ -36,11 +36,12 @@ class Bounds:
     tie_gap: float | None = None
 
 
-# A gap of 0.1 is one token a tenth more likely than another. With int8 activations, which of the two comes first
-# depends on the processor's kernel.
+# In float32 only the order of sums differs from PyTorch's. The most that was seen in a logit is 1.4e-4 with NumPy and
+# 2.2e-4 with ONNX Runtime. With int8 activations, which of two near tokens comes first depends on the processor's
+# kernel; a gap of 0.1 is one token a tenth more likely than another.
 DEFAULT_BOUNDS: Mapping[str, Bounds] = {
     "numpy": Bounds(max_abs_difference=1e-3, top1_agreement=1.0, hidden_relative_difference=1e-3),
-    "onnx_exact": Bounds(max_abs_difference=1e-2, top1_agreement=0.999),
+    "onnx_exact": Bounds(max_abs_difference=2e-3, top1_agreement=1.0),
     "onnx_fast": Bounds(kl_divergence=0.02, top1_agreement=0.97, tie_gap=0.1),
 }
 
@@ -52,6 +53,7 @@ class CheckResult:
     Attributes:
         passed: whether every bound was met.
         backend: ``numpy`` or ``onnx``.
+        accuracy_level: of ONNX; None for NumPy.
         positions: how many positions were compared.
         max_abs_difference: largest difference among the golden top logits.
         top1_agreement: share of positions whose most likely token is the golden one.
@@ -65,6 +67,7 @@ class CheckResult:
 
     passed: bool
     backend: str
+    accuracy_level: int | None
     positions: int
     max_abs_difference: float
     top1_agreement: float
@@ -231,6 +234,7 @@ def check_backend(
     return CheckResult(
         passed=not failures,
         backend=backend.name,
+        accuracy_level=getattr(backend, "accuracy_level", None),
         positions=positions,
         max_abs_difference=max_abs_difference,
         top1_agreement=agreeing / positions,

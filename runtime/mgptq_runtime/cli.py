@@ -4,7 +4,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +17,8 @@ from mgptq_runtime.signals import exit_on_signals
 
 if TYPE_CHECKING:
     from mgptq_runtime.check import CheckResult
-    from mgptq_runtime.package import Package
+    from mgptq_runtime.package import Package, Way
+    from mgptq_runtime.tokenizer import TextTokenizer
 
 __all__ = ["cli", "main"]
 
@@ -57,14 +59,23 @@ def _with_package(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _with_backend(command: Callable[..., None]) -> Callable[..., None]:
+    return _backend_options(command, "4")
+
+
+def _with_backends(command: Callable[..., None]) -> Callable[..., None]:
+    """As :func:`_with_backend`, of a command that takes all where none is given."""
+    return _backend_options(command, None)
+
+
+def _backend_options(command: Callable[..., None], level: str | None) -> Callable[..., None]:
     options = (
-        click.option("--backend", type=click.Choice(["numpy", "onnx"]), help="Default: onnx; check: all."),
+        click.option("--backend", type=click.Choice(["numpy", "onnx"]), help=f"Default: {'onnx' if level else 'all'}."),
         click.option(
             "--accuracy-level",
             type=click.Choice(["0", "4"]),
-            default="4",
-            show_default=True,
-            callback=lambda ctx, parameter, value: int(value),
+            default=level,
+            show_default=level or "both",
+            callback=lambda ctx, parameter, value: None if value is None else int(value),
             help="ONNX only: 4 computes b1 and b2 weights with int8 activations (fast), 0 all with float32 (exact).",
         ),
         click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores."),
@@ -76,6 +87,21 @@ def _with_backend(command: Callable[..., None]) -> Callable[..., None]:
 
 def _with_json(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def _with_quiet(command: Callable[..., None]) -> Callable[..., None]:
+    """The option of commands that show progress; it goes next to the function."""
+
+    @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but warnings and errors.")
+    @wraps(command)
+    def quietly(*arguments: Any, quiet: bool, **options: Any) -> None:
+        if quiet:
+            from mgptq_runtime import progress
+
+            click.get_current_context().with_resource(progress.quiet())
+        command(*arguments, **options)
+
+    return quietly
 
 
 def _limit_threads(threads: int | None) -> None:
@@ -94,18 +120,20 @@ def _print_json(values: dict[str, Any]) -> None:
     click.echo(json.dumps(values, allow_nan=False))
 
 
-def _check_one(package: "Package", name: str, accuracy_level: int, threads: int | None) -> "CheckResult":
+def _check_one(package: "Package", way: "Way", threads: int | None) -> "CheckResult":
     from mgptq_runtime.check import check_backend
     from mgptq_runtime.progress import track
 
-    backend = package.backend(name, accuracy_level=accuracy_level, threads=threads)
+    backend = package.backend(way.backend, accuracy_level=way.accuracy_level, threads=threads)
     golden = package.golden(backend)
-    with track(f"check on {name}", len(golden.token_ids)) as advance:
-        return check_backend(backend, golden, package.bounds(name, accuracy_level), advance)
+    with track(f"check on {way.name}", len(golden.token_ids)) as advance:
+        return check_backend(backend, golden, package.bounds(way.backend, way.accuracy_level), advance)
 
 
 def _print_check(result: "CheckResult") -> None:
-    click.echo(f"{'PASSED' if result.passed else 'FAILED'}  {result.backend}: {result.positions} positions compared")
+    level = "" if result.accuracy_level is None else f", accuracy level {result.accuracy_level}"
+    verdict = "PASSED" if result.passed else "FAILED"
+    click.echo(f"{verdict}  {result.backend}{level}: {result.positions} positions compared")
     click.echo(f"  largest difference of logits  {result.max_abs_difference:.3g}")
     click.echo(f"  same most likely token        {result.top1_agreement:.2%} ({result.top1_ties} ties besides)")
     click.echo(f"  KL divergence                 {result.kl_divergence:.3g} nats")
@@ -120,14 +148,14 @@ def _print_check(result: "CheckResult") -> None:
 
 @cli.command()
 @_with_package
-@_with_backend
+@_with_backends
 @_with_json
-def check(package: Path, backend: str | None, accuracy_level: int, threads: int | None, as_json: bool) -> None:
-    """Replay the golden vectors; without --backend on every backend that the package has. Exit code 1: failed."""
+@_with_quiet
+def check(package: Path, backend: str | None, accuracy_level: int | None, threads: int | None, as_json: bool) -> None:
+    """Replay the golden vectors on every backend that the package has, on ONNX at both levels. Exit code 1: failed."""
     _limit_threads(threads)
     opened = _open(package)
-    names = [backend] if backend else list(opened.backends)
-    results = [_check_one(opened, name, accuracy_level, threads) for name in names]
+    results = [_check_one(opened, way, threads) for way in opened.ways(backend, accuracy_level)]
     passed = all(result.passed for result in results)
     worst = max(results, key=lambda result: (not result.passed, result.kl_divergence))
     if as_json:
@@ -166,7 +194,7 @@ def generate(
 ) -> None:
     """Continue a text; streams to stdout."""
     _limit_threads(threads)
-    from mgptq_runtime.generate import Sampling, generate_tokens
+    from mgptq_runtime.generate import Sampling, generate_tokens, stop_reason
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = _open(package)
@@ -179,20 +207,35 @@ def generate(
     tokens = generate_tokens(
         loaded, ids, max_tokens=max_tokens, eos_token_ids=tokenizer.eos_token_ids, sampling=sampling
     )
+    generated = list(tokens) if as_json else _streamed(tokens, tokenizer)
+    reason = stop_reason(len(ids), len(generated), max_tokens=max_tokens, context_length=loaded.context_length)
     if as_json:
-        generated = list(tokens)
         _print_json(
             {
                 "text": tokenizer.decode(generated),
                 "tokens": generated,
                 "prompt_tokens": len(ids),
+                "stop_reason": reason,
                 "backend": loaded.name,
             }
         )
-        return
-    for piece in tokenizer.decode_stream(tokens):
+    if reason == "context_full":
+        click.echo(f"the context of {loaded.context_length} tokens is full", err=True)
+
+
+def _streamed(tokens: Iterable[int], tokenizer: "TextTokenizer") -> list[int]:
+    """Print the text of tokens as they arrive; all of them."""
+    generated = []
+
+    def kept() -> Iterator[int]:
+        for token in tokens:
+            generated.append(token)
+            yield token
+
+    for piece in tokenizer.decode_stream(kept()):
         click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
     click.echo()
+    return generated
 
 
 @cli.command()
@@ -202,6 +245,7 @@ def generate(
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="A .txt, or .jsonl with a field 'text'.")
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=int, default=30, show_default=True, help="How many windows, from the start.")
+@_with_quiet
 def perplexity(
     package: Path,
     backend: str | None,
@@ -235,6 +279,7 @@ def perplexity(
 @_with_json
 @click.option("--prompt-tokens", type=int, default=128, show_default=True)
 @click.option("--decode-tokens", type=int, default=32, show_default=True)
+@_with_quiet
 def bench(
     package: Path,
     backend: str | None,

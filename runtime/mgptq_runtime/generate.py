@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from mgptq_runtime.backends import Backend
 from mgptq_runtime.errors import BadInputError, NumericalError
 
-__all__ = ["GREEDY", "Sampling", "generate_tokens"]
+__all__ = ["GREEDY", "Sampling", "StopReason", "generate_tokens", "stop_reason"]
 
+StopReason = Literal["end_of_text", "max_tokens", "context_full"]
 PREFILL_TOKENS = 128
 
 
@@ -105,3 +107,14 @@ def generate_tokens(
         yield token
         if length + 1 < min(len(prompt) + max_tokens, backend.context_length):
             logits = backend.forward(np.array([[token]], np.int64), cache, first_logit=-1)[0, -1]
+
+
+def stop_reason(prompt: int, generated: int, *, max_tokens: int, context_length: int) -> StopReason:
+    """Why :func:`generate_tokens` ended; where it got what was asked for, that is not the context's doing.
+
+    Args:
+        prompt, generated: how many tokens they have.
+    """
+    if generated >= max_tokens:
+        return "max_tokens"
+    return "context_full" if prompt + generated >= context_length else "end_of_text"

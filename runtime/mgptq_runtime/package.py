@@ -37,6 +37,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "Package",
+    "Way",
     "file_sha256",
     "open_package",
 ]
@@ -47,6 +48,7 @@ MANIFEST_VERSION = 1
 CONTAINER_FILE = "model.mgptq.gguf"
 ONNX_FOLDER = "onnx"
 GOLDEN_FILE = "onnx/golden.npz"
+EXACT_FILE = "onnx/model.exact.onnx"
 MAX_TEXT_BYTES = 40 << 20
 WAY_OUT = "export the package again"
 
@@ -58,6 +60,21 @@ class FileEntry:
     path: str
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to compute a package.
+
+    Attributes:
+        name: ``numpy``, ``onnx`` at its default level, or ``onnx_exact`` at level 0.
+        backend: one of :data:`BACKENDS`.
+        accuracy_level: of ONNX, where it is not the default.
+    """
+
+    name: str
+    backend: str
+    accuracy_level: int = 4
 
 
 @dataclass(frozen=True)
@@ -170,6 +187,24 @@ class Package:
                 f"{path} holds neither {CONTAINER_FILE} nor {ONNX_FOLDER}/model.onnx, so nothing runs here; a file in "
                 "llama.cpp/ runs in llama.cpp; for this program, run the export with --targets container,onnx"
             )
+
+    def ways(self, backend: str | None = None, accuracy_level: int | None = None) -> list[Way]:
+        """The ways to compute it, to be given to :meth:`backend`.
+
+        Args:
+            backend: this one alone; None for all that it has.
+            accuracy_level: ONNX at this level alone; None for all that it has a graph for.
+        """
+        found = []
+        for name in [backend] if backend else self.backends:
+            if name != "onnx":
+                found.append(Way(name, name))
+                continue
+            if accuracy_level in (None, 4):
+                found.append(Way(name, name))
+            if accuracy_level == 0 or (accuracy_level is None and self._is_listed(EXACT_FILE)):
+                found.append(Way("onnx_exact", name, 0))
+        return found
 
     @property
     def name(self) -> str:

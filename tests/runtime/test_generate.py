@@ -6,7 +6,7 @@ from synthetic import random_llama
 
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.errors import BadInputError, NumericalError
-from mgptq_runtime.generate import Sampling, generate_tokens
+from mgptq_runtime.generate import Sampling, generate_tokens, stop_reason
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,17 @@ def test_generation_stops_before_an_eos_token(backend):
 def test_generation_stops_when_the_context_is_full(backend):
     prompt = list(range(250))
     assert len(list(generate_tokens(backend, prompt, max_tokens=100))) == 256 - 250
+
+
+@pytest.mark.parametrize("length, wanted", [(250, 5), (250, 6), (250, 7), (5, 10)])
+@pytest.mark.parametrize("ends", [False, True])
+def test_why_generation_stopped_can_be_told_from_its_length(backend, length, wanted, ends):
+    prompt = list(range(length))
+    tokens = list(generate_tokens(backend, prompt, max_tokens=wanted))
+    eos = set(tokens[-1:]) if ends else set()
+    found = list(generate_tokens(backend, prompt, max_tokens=wanted, eos_token_ids=eos))
+    reason = stop_reason(length, len(found), max_tokens=wanted, context_length=256)
+    assert reason == ("end_of_text" if ends else "context_full" if wanted == 7 else "max_tokens")
 
 
 @pytest.mark.parametrize("length", [0, 256])

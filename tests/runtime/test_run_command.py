@@ -10,6 +10,7 @@ from golden_package import TEXT, make_container, make_tokenizer_folder, sign, wr
 from synthetic import random_llama
 
 from mgptq_runtime.cli import cli
+from mgptq_runtime.container import read_container
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,6 @@ def test_check_passes_and_prints_its_numbers(folder):
 def test_check_of_other_weights_than_were_packed_exits_with_1(folder, tmp_path):
     path = tmp_path / "changed.gguf"
     path.write_bytes((folder / "model.mgptq.gguf").read_bytes())
-    from mgptq_runtime.container import read_container
-
     start = path.read_bytes().index(read_container(path).model.groups[0].linears[0].segments[0].data.tobytes())
     data = bytearray(path.read_bytes())
     data[start + 1] ^= 0x04
@@ -65,6 +64,33 @@ def test_generate_streams_the_text_that_json_gives(folder):
     values = run_json("generate", folder, *options)
     assert len(values["tokens"]) <= 12 and values["backend"] == "numpy"
     assert run("generate", folder, *options).stdout == values["text"] + "\n"
+
+
+def test_a_text_that_fills_the_context_ends_with_a_note(folder):
+    context = read_container(folder / "model.mgptq.gguf").model.hyperparameters["context_length"]
+    options = ("generate", folder, "--prompt", "The quick")
+    room = context - run_json(*options, "--max-tokens", 1)["prompt_tokens"]
+    result = run(*options, "--max-tokens", room + 1)
+    assert (result.exit_code, result.stderr) == (0, f"the context of {context} tokens is full\n")
+    values = run_json(*options, "--max-tokens", room + 1)
+    assert (values["stop_reason"], len(values["tokens"])) == ("context_full", room)
+    assert run(*options, "--max-tokens", room).stderr == ""
+    assert run_json(*options, "--max-tokens", room)["stop_reason"] == "max_tokens"
+
+
+def test_progress_is_shown_unless_it_is_to_be_quiet(folder, monkeypatch):
+    monkeypatch.setattr("mgptq_runtime.progress.PLAIN_INTERVAL_SECONDS", 0.0)
+    commands = {
+        "check": ("check", folder),
+        "perplexity": ("perplexity", folder, "--text", folder / "text.txt", "--window", 32, "--windows", 3),
+        "bench": ("bench", folder, "--prompt-tokens", 4, "--decode-tokens", 3),
+    }
+    for name, arguments in commands.items():
+        assert name in run(*arguments).stderr
+        for flag in ("-q", "--quiet"):
+            result = run(*arguments, flag)
+            assert (result.exit_code, result.stderr) == (0, "") and result.stdout
+    assert run("check", folder / "missing", "--quiet").stderr.startswith("error: ")
 
 
 def test_generate_applies_the_chat_template(folder):
