@@ -156,7 +156,7 @@ def write_checkpoint(
     tokenizer_folder: Path,
     repairs: Mapping[str, Any] | None = None,
     origin: Mapping[str, str] | None = None,
-    made_with: Mapping[str, int] | None = None,
+    made_with: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Write ``model`` into ``folder`` (created; must not exist).
 
@@ -165,7 +165,7 @@ def write_checkpoint(
         recipe: what the quantization was asked for, as JSON values.
         repairs: what had to be mended, by input group, as JSON values.
         origin: where the original comes from, and its license.
-        made_with: ``threads`` and ``calibration_sequences``, how many there really were.
+        made_with: ``threads``, ``calibration_sequences``, how many there really were, and ``calibration_sha256``.
         tokenizer_folder: holds the files of :data:`TOKENIZER_FILES`, those that exist are copied.
     """
     folder.mkdir(parents=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mgptq_export.calibration import file_tokens, recovery_tokens
+from mgptq_export.calibration import calibration_sha256, file_tokens, recovery_tokens
 from mgptq_export.checkpoint import (
     pack_model,
     tokenizer_files,
@@ -122,7 +122,7 @@ def run(
         for layout in layouts:
             check_budget(source, recipes[layout.name], layout)
         check_tokenizer(source, targets)
-        windows = text_windows(source, text) if text and world.is_first else None
+        windows = text_windows(source, text, calibration_sha256(recipe)) if text and world.is_first else None
         if world.is_first:
             under_way.identify(identity(source, recipe, targets))
         measuring = None
@@ -296,13 +296,16 @@ def evaluate_package(package: Path, model: str, text: EvaluationText, *, device:
     manifest = read_manifest(package)
     solved = read_solved(package, manifest)
     source = load_source(model, device=device)
-    windows = text_windows(source, text)
+    windows = text_windows(source, text, solved[0].made_with.get("calibration_sha256"))
     scorers = _scorers(source, solved, package, manifest["targets"])
     return measure(text, windows, torch_scorer(source.model), scorers)
 
 
-def text_windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
-    """What an evaluation scores: int64 [windows, window].
+def text_windows(source: SourceModel, text: EvaluationText, calibrated_on: str | None) -> torch.Tensor:
+    """What an evaluation scores: int64 [windows, window]; with a warning where calibration has seen it.
+
+    Args:
+        calibrated_on: SHA-256 of the text that quantized models are calibrated on; None where it is not known.
 
     Raises:
         BadInputError: a text that cannot be used, or a window beyond the model's context.
@@ -314,7 +317,14 @@ def text_windows(source: SourceModel, text: EvaluationText) -> torch.Tensor:
     limit = source.model.config.max_position_embeddings
     if text.window > limit:
         raise BadInputError(f"a window of {text.window} tokens is beyond the model's context of {limit}; see --window")
-    return evaluation_windows(file_tokens(text.path, source), text.window, text.windows)
+    windows = evaluation_windows(file_tokens(text.path, source), text.window, text.windows)
+    if file_sha256(text.path) == calibrated_on:
+        logger.warning(
+            "%s is the text of the calibration, too: what is quantized looks better on it than on other text; "
+            "evaluate on text that calibration has not seen",
+            text.path,
+        )
+    return windows
 
 
 def _quantize_into(
@@ -421,7 +431,6 @@ def _remove(path: Path) -> None:
 
 def identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dict[str, Any]:
     """All that the bytes of a package depend on, evaluation apart."""
-    text = Path(recipe.calibration)
     tokenizer = source.tokenizer_folder / "tokenizer.json"
     return {
         "model": {
@@ -429,7 +438,7 @@ def identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dic
             "config": dict(source.config),
             "tokenizer": file_sha256(tokenizer) if tokenizer.is_file() else None,
         },
-        "text": file_sha256(text) if text.is_file() else None,
+        "text": calibration_sha256(recipe),
         "recipe": recipe.to_json(),
         "targets": list(targets),
         "threads": torch.get_num_threads(),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mgptq_export.calibration import calibration_sha256
 from mgptq_export.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from mgptq_export.golden import make_golden
 from mgptq_export.history import History
@@ -38,8 +39,11 @@ class Solved:
         return self.checkpoint.config["quantization_config"]["recipe"]  # type: ignore[no-any-return]
 
     @property
-    def made_with(self) -> dict[str, int]:
-        """``threads`` and ``calibration_sequences``; empty for checkpoints that do not say."""
+    def made_with(self) -> dict[str, Any]:
+        """``threads``, ``calibration_sequences`` and ``calibration_sha256``, None where that was no text file.
+
+        Older checkpoints lack some.
+        """
         return self.checkpoint.config["quantization_config"].get("made_with", {})  # type: ignore[no-any-return]
 
 
@@ -71,7 +75,11 @@ def save_solved(
         recipe=recipe.to_json(),
         repairs=repairs,
         origin=source.origin,
-        made_with={"threads": torch.get_num_threads(), "calibration_sequences": len(tokens)},
+        made_with={
+            "threads": torch.get_num_threads(),
+            "calibration_sequences": len(tokens),
+            "calibration_sha256": calibration_sha256(recipe),
+        },
         tokenizer_folder=source.tokenizer_folder,
     )
     golden = make_golden(source.model, tokens)

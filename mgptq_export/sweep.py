@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mgptq_export import pipeline
+from mgptq_export.calibration import calibration_sha256
 from mgptq_export.evaluation import Scorer, torch_scorer
 from mgptq_export.journal import Journal, Record
 from mgptq_export.layouts import Calibration
@@ -105,7 +106,7 @@ def sweep(
             for layout in layouts:
                 check_budget(source, one, layout)
         pipeline.check_tokenizer(source, targets)
-        windows = pipeline.text_windows(source, text)
+        windows = pipeline.text_windows(source, text, calibration_sha256(recipe))
         for path in against:
             _check_comparable(path, source)
         under_way.identify(pipeline.identity(source, recipe, targets) | {"evaluation": _identity(text)})

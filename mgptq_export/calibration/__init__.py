@@ -4,7 +4,7 @@ from mgptq_export.calibration.attribution import Attribution, attribute
 from mgptq_export.calibration.drift import DriftFlow, Measured
 from mgptq_export.calibration.flow import HessianAccumulator, LayerFlow
 from mgptq_export.calibration.statistics import GroupStatistics, ModelStatistics, collect_statistics
-from mgptq_export.calibration.text import calibration_tokens, file_tokens, recovery_tokens
+from mgptq_export.calibration.text import calibration_sha256, calibration_tokens, file_tokens, recovery_tokens
 
 __all__ = [
     "Attribution",
@@ -15,6 +15,7 @@ __all__ = [
     "Measured",
     "ModelStatistics",
     "attribute",
+    "calibration_sha256",
     "calibration_tokens",
     "collect_statistics",
     "file_tokens",

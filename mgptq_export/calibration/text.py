@@ -12,11 +12,12 @@ from mgptq_export.families.base import head_size
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
+from mgptq_runtime.package import file_sha256
 from mgptq_runtime.perplexity import read_text
 from mgptq_runtime.progress import Advance, track
 from mgptq_runtime.tokenizer import encode_text
 
-__all__ = ["cache_for", "calibration_tokens", "drawn", "file_tokens", "recovery_tokens"]
+__all__ = ["cache_for", "calibration_sha256", "calibration_tokens", "drawn", "file_tokens", "recovery_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,12 @@ def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
     own = sample_from_model(source, recipe.own_samples, recipe.sequence_length, generator)
     together = torch.cat([chosen, own])
     return together[torch.randperm(len(together), generator=generator)]
+
+
+def calibration_sha256(recipe: Recipe) -> str | None:
+    """SHA-256 of the text file that the recipe names; None where it names no file."""
+    path = Path(recipe.calibration)
+    return file_sha256(path) if path.is_file() else None
 
 
 def recovery_tokens(source: SourceModel, recipe: Recipe, calibration: torch.Tensor) -> torch.Tensor:

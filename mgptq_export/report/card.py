@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mgptq_export.recipe import FAST, Recipe
 from mgptq_export.report.content import PackageContent
-from mgptq_export.report.facts import float16_bytes, model_bytes
+from mgptq_export.report.facts import flattered, float16_bytes, model_bytes
 
 __all__ = ["CARD_FILE", "model_card", "recipe_options"]
 
@@ -45,6 +45,7 @@ def model_card(manifest: Mapping[str, Any], contents: Sequence[PackageContent]) 
         manifest=manifest,
         model_bytes=model_bytes(manifest),
         float16_bytes=float16_bytes(contents[0].checkpoint.model),
+        flattered=flattered(manifest),
         options=recipe_options(manifest["recipe"]),
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 from mgptq_export.targets import target_named
 from mgptq_runtime.quantized_model import QuantizedModel
 
-__all__ = ["float16_bytes", "mended", "model_bytes", "verdict"]
+__all__ = ["flattered", "float16_bytes", "mended", "model_bytes", "verdict"]
 
 
 def float16_bytes(model: QuantizedModel) -> int:
@@ -39,6 +39,12 @@ def mended(repairs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield f"{dead} columns never had any input on the calibration text"
     if limited:
         yield f"{limited} scales are at the limits of float16"
+
+
+def flattered(manifest: Mapping[str, Any]) -> bool:
+    """Whether the text of the evaluation is that of the calibration; older manifests do not say."""
+    seen, scored = manifest.get("calibration_sha256"), manifest["evaluation"]
+    return seen is not None and scored is not None and scored.get("text_sha256") == seen
 
 
 def verdict(manifest: Mapping[str, Any]) -> str:

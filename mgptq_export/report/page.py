@@ -21,7 +21,7 @@ from mgptq_export.report.charts import (
     trials_chart,
 )
 from mgptq_export.report.content import PackageContent
-from mgptq_export.report.facts import float16_bytes, mended, model_bytes, verdict
+from mgptq_export.report.facts import flattered, float16_bytes, mended, model_bytes, verdict
 from mgptq_export.targets import target_named
 
 __all__ = ["REPORT_FILE", "SWEEP_PAGE", "report_page", "sweep_page"]
@@ -189,6 +189,8 @@ def _warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
     for label, result in manifest["check"]["results"].items():
         for failure in result["failures"]:
             yield f"The check on {label} failed: {failure}."
+    if flattered(manifest):
+        yield "It was evaluated on the text that it was calibrated on; on other text it is worse."
     for name, layout in manifest["layouts"].items():
         for phrase in mended(layout["repairs"]):
             yield f"{name} layout: {phrase}."
