@@ -111,7 +111,7 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
 
 def _check_outside(log_file: Path | None, options: dict[str, Any]) -> None:
     """A log in a package would be listed in its manifest, and replaced with it."""
-    for folder in (options.get("out"), options.get("package")):
+    for folder in map(options.get, ("out", "package", "a", "b")):
         if log_file and folder and log_file.resolve().is_relative_to(folder.resolve()):
             raise click.UsageError(f"log file {log_file} lies in {folder}, which is a package; put it elsewhere")
 
@@ -551,6 +551,7 @@ def push(package: Path, repository: str, private: bool, as_json: bool) -> None:
 @GGML_TYPES
 @TRUST
 @JSON
+@_reporting
 def plan(
     model: str,
     targets: list[str],

@@ -21,7 +21,7 @@ from mgptq_runtime.errors import PackageError
 from mgptq_runtime.generate import generate_tokens
 from mgptq_runtime.package import open_package
 from mgptq_runtime.perplexity import measure_perplexity, read_text
-from mgptq_runtime.progress import Advance, track
+from mgptq_runtime.progress import Advance, stage, track
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel
 from mgptq_runtime.tokenizer import TextTokenizer, encode_text, parse_tokenizer
 
@@ -108,7 +108,8 @@ def compare_packages(
         NumericalError: a package computes NaN or infinity.
     """
     content = read_text(text.path) if text else ""
-    sides = (_read_side(a), _read_side(b))
+    with stage("load", brief=True), track("Reading the packages", 2) as advance:
+        sides = (_read_side(a, advance), _read_side(b, advance))
 
     @cache
     def check_tokenizers() -> None:
@@ -135,13 +136,14 @@ def compare_packages(
     }
 
 
-def _read_side(folder: Path) -> _Side:
+def _read_side(folder: Path, advance: Advance) -> _Side:
     manifest = read_manifest(folder)
     checkpoints = {
         name: verified_checkpoint(folder, manifest, layout)
         for name, layout in LAYOUTS.items()
         if name in manifest["layouts"]
     }
+    advance()
     return _Side(folder, manifest, checkpoints)
 
 
@@ -301,13 +303,14 @@ def _runners(sides: tuple[_Side, _Side]) -> tuple[_Runner, _Runner]:
             f"{' or '.join(BACKEND_OF_TARGET)} adds one to a package with weights for it"
         )
     name = BACKEND_OF_TARGET[common[0]]
-    a, b = (_runner(side, name) for side in sides)
-    return a, b
+    with stage("load", brief=True), track("Loading the packages", 2) as advance:
+        return _runner(sides[0], name, advance), _runner(sides[1], name, advance)
 
 
-def _runner(side: _Side, name: str) -> _Runner:
+def _runner(side: _Side, name: str, advance: Advance) -> _Runner:
     package = open_package(side.folder)
     backend = package.backend(name, threads=torch.get_num_threads())
+    advance()
     return _Runner(backend, package.tokenizer(backend))
 
 

@@ -117,19 +117,20 @@ def run(
         typed_memory_errors(),
     ):
         folder, journal = under_way.folder, under_way.journal
-        source = load_original(model, targets, folder.parent, device, max_memory, trust_remote_code, world)
-        recipes = _layout_recipes(source, recipe, targets)
-        for layout in layouts:
-            check_budget(source, recipes[layout.name], layout)
-        check_tokenizer(source, targets)
-        windows = text_windows(source, text, calibration_sha256(recipe)) if text and world.is_first else None
-        if world.is_first:
-            under_way.identify(identity(source, recipe, targets))
-        measuring = None
-        if text and windows is not None:
-            measuring = partial(measure, text, windows, torch_scorer(source.copy().model))
-        written = targets if export_targets else []
-        with stages(["calibrate", *package_stages(recipes, written, measuring is not None, journal)]):
+        written, measured = targets if export_targets else [], text is not None and world.is_first
+        to_come = package_stages({layout.name: recipe for layout in layouts}, written, measured, journal)
+        with stages(["load", "calibrate", *to_come]):
+            source = load_original(model, targets, folder.parent, device, max_memory, trust_remote_code, world)
+            recipes = _layout_recipes(source, recipe, targets)
+            for layout in layouts:
+                check_budget(source, recipes[layout.name], layout)
+            check_tokenizer(source, targets)
+            windows = text_windows(source, text, calibration_sha256(recipe)) if text and measured else None
+            if world.is_first:
+                under_way.identify(identity(source, recipe, targets))
+            measuring = None
+            if text and windows is not None:
+                measuring = partial(measure, text, windows, torch_scorer(source.copy().model))
             calibration = calibrate(source, recipe, journal)
             return make_package(folder, source, calibration, recipes, written, journal, measuring)
 
@@ -149,6 +150,7 @@ def _under_way(model: str, out: Path, overwrite: bool, resume: bool, world: Worl
         yield UnfinishedRun(out.resolve(), world.shared(FORGETFUL), resumed=False, _identity=FORGETFUL)
 
 
+@stage("load", brief=True)
 def load_original(
     model: str,
     targets: Sequence[str],
@@ -294,11 +296,13 @@ def evaluate_package(package: Path, model: str, text: EvaluationText, *, device:
         JSON values: the text and windows, and the quality by name (``original``, ``checkpoint``, ``numpy``, ...).
     """
     manifest = read_manifest(package)
-    solved = read_solved(package, manifest)
-    source = load_source(model, device=device)
-    windows = text_windows(source, text, solved[0].made_with.get("calibration_sha256"))
-    scorers = _scorers(source, solved, package, manifest["targets"])
-    return measure(text, windows, torch_scorer(source.model), scorers)
+    with stages(["load", "evaluate"]):
+        with stage("load", brief=True):
+            solved = read_solved(package, manifest)
+            source = load_source(model, device=device)
+        windows = text_windows(source, text, solved[0].made_with.get("calibration_sha256"))
+        scorers = _scorers(source, solved, package, manifest["targets"])
+        return measure(text, windows, torch_scorer(source.model), scorers)
 
 
 def text_windows(source: SourceModel, text: EvaluationText, calibrated_on: str | None) -> torch.Tensor:

@@ -17,6 +17,7 @@ from mgptq_export.targets.llama_cpp.size import llama_cpp_files
 from mgptq_export.targets.onnx.size import onnx_files
 from mgptq_export.targets.skeleton import PlannedFile, Skeleton, make_skeleton
 from mgptq_runtime.errors import BadInputError, BudgetError, MgptqError, UnsupportedModelError
+from mgptq_runtime.progress import track
 
 __all__ = ["bits_for_size", "check_reachable", "plan_model"]
 
@@ -52,12 +53,16 @@ def plan_model(
         exceeds) and ``exact``, which is false for an estimate; ``file_bytes``, the sum of their bytes; and
         ``model_bytes``, the most that those files take which a size counts.
     """
-    source = load_shape(model, trust_remote_code=trust_remote_code)
+    with track("Planning", 1 + len(targets)) as advance:
+        source = load_shape(model, trust_remote_code=trust_remote_code)
+        advance()
+        planned = {}
+        with tokenizer_files(source.tokenizer_folder, source.model.get_input_embeddings().weight.shape[0]) as folder:
+            bits = _planned_bits(source, recipe, targets, folder)
+            for name in targets:
+                planned[name] = _plan_target(source, recipe, name, bits[name], folder)
+                advance()
     linear_weights = sum(m.out_features * m.in_features for g in source.groups() for m in g.modules.values())
-    rows = source.model.get_input_embeddings().weight.shape[0]
-    with tokenizer_files(source.tokenizer_folder, rows) as folder:
-        bits = _planned_bits(source, recipe, targets, folder)
-        planned = {name: _plan_target(source, recipe, name, bits[name], folder) for name in targets}
     return {
         "name": source.name,
         "family": source.family.name,

@@ -99,22 +99,24 @@ def sweep(
     if not recipes:
         raise BadInputError("a sweep without a budget; give stored bits per weight, such as 2.25 and 2.5")
     check_local(model)
+    for path in against:
+        if not path.is_file():
+            raise BadInputError(f"{path} is no file; give GGUF files to compare with")
     with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way, typed_memory_errors():
         folder, journal = under_way.folder, under_way.journal
-        source = pipeline.load_original(model, targets, folder.parent, device, max_memory, trust_remote_code)
-        for one in recipes.values():
-            for layout in layouts:
-                check_budget(source, one, layout)
-        pipeline.check_tokenizer(source, targets)
-        windows = pipeline.text_windows(source, text, calibration_sha256(recipe))
-        for path in against:
-            _check_comparable(path, source)
-        under_way.identify(pipeline.identity(source, recipe, targets) | {"evaluation": _identity(text)})
-        calibration_set(source, recipe, journal)  # a text that cannot be used is found before anything is scored
-        names = _stages(recipes, against, targets, journal)
-        reference = _scored_once(torch_scorer(source.model), journal.within("original"))
-        measure = partial(pipeline.measure, text, windows, reference)
-        with stages(names):
+        with stages(_stages(recipes, against, targets, journal)):
+            source = pipeline.load_original(model, targets, folder.parent, device, max_memory, trust_remote_code)
+            for one in recipes.values():
+                for layout in layouts:
+                    check_budget(source, one, layout)
+            pipeline.check_tokenizer(source, targets)
+            windows = pipeline.text_windows(source, text, calibration_sha256(recipe))
+            for path in against:
+                _check_comparable(path, source)
+            under_way.identify(pipeline.identity(source, recipe, targets) | {"evaluation": _identity(text)})
+            calibration_set(source, recipe, journal)  # a text that cannot be used is found before anything is scored
+            reference = _scored_once(torch_scorer(source.model), journal.within("original"))
+            measure = partial(pipeline.measure, text, windows, reference)
             original = measure({})
             rows = [_original_row(source, original)]
             rows += [_foreign_row(path, source, measure, journal.within("against")) for path in against]
@@ -140,7 +142,7 @@ def _stages(
     recipes: Mapping[str, Recipe], against: Sequence[Path], targets: Sequence[str], journal: Journal
 ) -> list[str]:
     """What is to come, each stage with the budget or the file that it is of."""
-    names = ["evaluate original"]
+    names = ["load", "evaluate original"]
     names += [f"evaluate {path.name}" for path in against if file_sha256(path) not in journal.within("against")]
     names.append("calibrate")
     for budget, recipe in recipes.items():
@@ -163,8 +165,6 @@ def _identity(text: pipeline.EvaluationText) -> dict[str, Any]:
 
 def _check_comparable(path: Path, source: SourceModel) -> None:
     """Raise BadInputError where a file's perplexity would mean something else: over other tokens."""
-    if not path.is_file():
-        raise BadInputError(f"{path} is no file; give GGUF files to compare with")
     with _quantized_on_purpose():
         other = load_shape(str(path))
     rows, other_rows = source.model.config.vocab_size, other.model.config.vocab_size

@@ -20,6 +20,7 @@ from mgptq_export.memory import Memory
 from mgptq_export.models.gguf_file import GgufModel
 from mgptq_export.models.hyperparameters import check_hyperparameters
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
+from mgptq_runtime.progress import track
 
 __all__ = ["read_gguf_config", "read_gguf_weights"]
 
@@ -122,12 +123,14 @@ def read_gguf_weights(file: GgufModel, config: Mapping[str, Any], memory: Memory
     family = family_of(config)
     paths = family.gguf_paths()
     state = {}
-    with np.errstate(all="ignore"):  # what is not finite is refused by name, once the model is there
+    # What is not finite is refused by name, once the model is there.
+    with np.errstate(all="ignore"), track("Reading weights", len(file.tensors)) as advance:
         for tensor in file.tensors.values():
             if tensor.name not in family.gguf_rotary:
                 name = _hugging_face_name(tensor.name, paths, family)
                 weight = _as_hugging_face(tensor.name, tensor.values(), family, config)
                 state[name] = memory.keep(torch.from_numpy(weight))
+            advance()
     return state
 
 

@@ -27,7 +27,6 @@ from mgptq_export.models.hyperparameters import COUNTS, check_hyperparameters
 from mgptq_export.models.origin import origin_of_folder, origin_of_gguf
 from mgptq_export.models.weight_files import count_weights, read_weights
 from mgptq_runtime.errors import BadInputError, NumericalError, UnsupportedModelError
-from mgptq_runtime.progress import Advance, track
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, Segment
 from mgptq_runtime.tokenizer import parse_tokenizer
 
@@ -43,7 +42,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LOADING_STEPS = 4
 DEQUANTIZED_ROWS = 4096
 MAX_TOKENS = COUNTS["vocab_size"]
 
@@ -131,16 +129,14 @@ def load_source(
     if device.split(":")[0] == "meta":
         raise BadInputError("device 'meta' cannot be used: it holds no values; choose cpu or cuda")
     path = _model_path(source, weights=True, code=trust_remote_code)
-    with track("Loading the model", LOADING_STEPS) as advance:
-        if path.is_file():
-            loaded = _load_gguf(path, source, memory, advance)
-        else:
-            loaded = _load_hugging_face(path, source, trust_remote_code, memory, advance)
-        loaded.memory = memory
-        _check_finite(loaded.model, memory, source)
-        loaded.family.prepare(loaded.model)
-        memory.release_after_use(loaded.model)
-        advance()
+    if path.is_file():
+        loaded = _load_gguf(path, source, memory)
+    else:
+        loaded = _load_hugging_face(path, source, trust_remote_code, memory)
+    loaded.memory = memory
+    _check_finite(loaded.model, memory, source)
+    loaded.family.prepare(loaded.model)
+    memory.release_after_use(loaded.model)
     try:
         loaded.model.requires_grad_(False).eval().to(device)
     except (RuntimeError, AssertionError) as error:
@@ -292,7 +288,7 @@ def _check_unused(names: Iterable[str], config: Any, source: str) -> None:
         )
 
 
-def _load_gguf(path: Path, source: str, memory: Memory, advance: Advance) -> SourceModel:
+def _load_gguf(path: Path, source: str, memory: Memory) -> SourceModel:
     import transformers
 
     file = read_gguf_file(path)
@@ -302,10 +298,8 @@ def _load_gguf(path: Path, source: str, memory: Memory, advance: Advance) -> Sou
     folder = Path(temporary.name)
     write_gguf_tokenizer(file, folder)
     tokenizer = _read_tokenizer(folder)
-    advance()
     state = read_gguf_weights(file, config, memory)
     _check_size(_shape_of(config, path, False), sum(weight.numel() for weight in state.values()), source)
-    advance()
     try:
         result: Any = getattr(transformers, family.architecture).from_pretrained(
             None,
@@ -322,7 +316,6 @@ def _load_gguf(path: Path, source: str, memory: Memory, advance: Advance) -> Sou
         # Weights that transformers' model has no place for would silently be left out: biases, mostly.
         extra = ", ".join(sorted(found["unexpected_keys"])[:5])
         raise UnsupportedModelError(f"{path} holds weights that a {family.name} model does not have: {extra}")
-    advance()
     return SourceModel(
         _model_name(source),
         source,
@@ -336,9 +329,7 @@ def _load_gguf(path: Path, source: str, memory: Memory, advance: Advance) -> Sou
     )
 
 
-def _load_hugging_face(
-    folder: Path, source: str, trust_remote_code: bool, memory: Memory, advance: Advance
-) -> SourceModel:
+def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool, memory: Memory) -> SourceModel:
     config, family = _read_hugging_face(folder)
     if "auto_map" in config and not trust_remote_code:
         logger.warning("%s brings code of its own, which is not run: transformers' own %s is", source, family.name)
@@ -360,7 +351,6 @@ def _load_hugging_face(
     model, found = result
     _check_complete(found, source)
     _check_unused(found["unexpected_keys"], model.config, source)
-    advance()
     origin = origin_of_folder(source, folder)
     return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer, origin=origin)
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from mgptq_export.memory import Memory
 from mgptq_export.models.folder import read_json
 from mgptq_runtime.errors import BadInputError
+from mgptq_runtime.progress import track
 from mgptq_runtime.strict_json import parse_json_object
 
 __all__ = ["count_weights", "read_weights"]
@@ -50,11 +51,14 @@ def count_weights(folder: Path) -> int:
 def read_weights(folder: Path, memory: Memory) -> dict[str, torch.Tensor]:
     """All weights of a folder that :func:`count_weights` accepted, by name, float32, kept in ``memory``."""
     single = folder / SINGLE
+    paths = [single] if single.exists() else [folder / name for name in _shards(folder / INDEX)]
+    places = [(path, name) for path in paths for name in sorted(_tensors(path))]
     state = {}
-    for path in [single] if single.exists() else [folder / name for name in _shards(folder / INDEX)]:
-        for name in sorted(_tensors(path)):
+    with track("Reading weights", len(places)) as advance:
+        for path, name in places:
             with safe_open(path, "pt") as file:  # anew, as it keeps in memory what has been read
                 state[name] = memory.keep(file.get_tensor(name), torch.float32)
+            advance()
     return state
 
 

@@ -53,14 +53,18 @@ def stages(names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
+def stage(name: str, *, brief: bool = False) -> Iterator[None]:
     """Do the next planned stage of that name, or one that nobody has planned.
 
     It is shown once there is work in it: an input that is refused at its beginning gets its message and no more.
+
+    Args:
+        brief: it is often done in an instant, so it is shown from two seconds on only, and else not counted.
     """
     with _shown() as view:
         before, one = view.current, view.coming(name)
         one.started, view.current = time.monotonic(), one
+        one.shown_after = LIVE_AFTER_SECONDS if brief else 0.0
         logger.info("%s begins", one.name)
         try:
             yield
@@ -71,7 +75,10 @@ def stage(name: str) -> Iterator[None]:
         else:
             logger.info(one.summary())
             view.announce()
-            view.ended(one)
+            if one.announced:
+                view.ended(one)
+            else:
+                view.stages.remove(one)
         finally:
             one.ended, view.current = time.monotonic(), before
 
@@ -90,6 +97,7 @@ def track(description: str, total: int) -> Iterator[Advance]:
 
         def advance() -> None:
             task.done, task.advanced = task.done + 1, time.monotonic()
+            view.announce()
             view.advanced()
 
         try:
@@ -123,6 +131,7 @@ def quiet() -> Iterator[None]:
 class _Stage:
     """Attributes:
     started, ended: on the monotonic clock; None where it has not come to that.
+    shown_after: seconds that it takes before it is worth showing.
     stopped: whether it ended by an error or an interrupt.
     announced: whether it has been shown that it began.
     """
@@ -130,6 +139,7 @@ class _Stage:
     name: str
     started: float | None = None
     ended: float | None = None
+    shown_after: float = 0.0
     stopped: bool = False
     announced: bool = False
     figure: str = ""
@@ -178,10 +188,11 @@ class _View:
         return self.stages[-1]
 
     def announce(self) -> None:
-        """Show that the current stage has begun, where it has not been shown."""
-        if self.current and not self.current.announced:
-            self.current.announced = True
-            self.begun(self.current)
+        """Show that the current stage has begun, where it has not been shown and is worth it."""
+        one = self.current
+        if one and not one.announced and (one.seconds or 0.0) >= one.shown_after:
+            one.announced = True
+            self.begun(one)
 
     def begun(self, one: _Stage) -> None:
         """A stage has begun."""

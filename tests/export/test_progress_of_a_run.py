@@ -21,7 +21,7 @@ from mgptq_export.targets import TARGETS
 from mgptq_runtime.errors import BadInputError
 
 QUICK = ("--samples", 4, "--sequence-length", 32, "--allocator", "hessian", "--recovery-steps", 0, "--threads", 1)
-LONG_WORKING = ("run", "quantize", "export", "eval")
+LONG_WORKING = ("run", "sweep", "quantize", "export", "eval", "compare", "plan")
 
 
 def invoke(*arguments: object) -> Result:
@@ -71,6 +71,25 @@ def test_stages_that_a_stopped_run_has_finished_are_not_announced_again(even_mod
         "stage 3 of 3: check",
         "check: # s, 1 of 1 passed",
     ]
+
+
+def test_loading_is_a_stage_of_every_command_that_does_it_where_it_takes_its_time(
+    even_model, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mgptq_runtime.progress.LIVE_AFTER_SECONDS", 0.0)
+    out, log = tmp_path / "out", tmp_path / "log"
+    text = ("--window", 32, "--windows", 1)
+    commands = {
+        ("run", even_model, "-o", out, "--targets", "container", *QUICK): 6,
+        ("sweep", even_model, "-o", tmp_path / "swept", "--bits", 3, "--evaluate", text_file, *text, *QUICK): 8,
+        ("eval", out, "--model", even_model, "--text", text_file, *text): 2,
+        ("compare", out, out, "--tokens", 0): 1,
+    }
+    for command, stages in commands.items():
+        result = invoke(*command, "--log-file", log)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.startswith(f"stage 1 of {stages}: load\nload: 0 s\n"), (command[0], result.stderr)
+    assert log.read_text().count("load begins") == len(commands)
 
 
 @pytest.mark.parametrize("before", [(), ("--quiet",)], ids=["after the command", "before the command"])

@@ -5,6 +5,7 @@ import logging
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +113,35 @@ def test_an_input_that_a_stage_refuses_at_once_gets_its_message_alone(monkeypatc
         with on_terminal(monkeypatch) as terminal:
             refuse()
         assert terminal.written == ""
+
+
+def load_and_calibrate(monkeypatch: pytest.MonkeyPatch, instant: bool) -> None:
+    """Two stages, the first of which is brief, and done in an instant or not."""
+    monkeypatch.setattr(progress, "LIVE_AFTER_SECONDS", 60.0 if instant else 0.05)
+    with stages(["load", "calibrate"]):
+        with stage("load", brief=True), track("Reading", 2) as advance:
+            time.sleep(0.1)
+            advance()
+            advance()
+        with stage("calibrate"):
+            pass
+
+
+@pytest.mark.parametrize("instant", [True, False])
+def test_a_brief_stage_is_announced_and_counted_where_it_takes_its_time(capsys, caplog, monkeypatch, instant):
+    caplog.set_level(logging.INFO, logger="mgptq_runtime.progress")
+    load_and_calibrate(monkeypatch, instant)
+    announced = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stage ")]
+    assert announced == (["stage 1 of 1: calibrate"] if instant else ["stage 1 of 2: load", "stage 2 of 2: calibrate"])
+    assert caplog.messages[:2] == ["load begins", "load: 0 s"]
+
+
+@pytest.mark.parametrize("instant", [True, False])
+def test_the_list_of_stages_has_a_brief_one_where_it_took_its_time(monkeypatch, instant):
+    with on_terminal(monkeypatch) as terminal:
+        load_and_calibrate(monkeypatch, instant)
+    assert last_list(terminal) == ["calibrate #", "# elapsed, # of memory"]
+    assert bool(re.search(r"load +0:00:0\d *\ncalibrate +0:00:0\d *\n0:00", terminal.text)) is not instant
 
 
 def test_only_the_outermost_steps_say_what_a_stage_has_come_to(monkeypatch):

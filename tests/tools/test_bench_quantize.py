@@ -10,7 +10,7 @@ from bench_quantize import SIZES, Cost, Sample, costs, exponents, main, ratio_ta
 from click.testing import CliRunner, Result
 from tiny_models import text, write_llama
 
-STAGES = ["calibrate", "allocate", "solve", "recover", "export", "check"]
+STAGES = ["load", "calibrate", "allocate", "solve", "recover", "export", "check"]
 
 
 @pytest.fixture(scope="module")
