@@ -27,9 +27,10 @@ class Correction:
     common: torch.Tensor
     specific: torch.Tensor
 
-    def applied(self, costs: torch.Tensor) -> torch.Tensor:
-        """Corrected costs, as ``costs``: float64 [units, formats]."""
-        return costs * (self.common + self.specific).double().exp()
+    @property
+    def of_logarithms(self) -> torch.Tensor:
+        """Both together: float64 [units, formats]."""
+        return (self.common + self.specific).double()
 
 
 class AllocatorNetwork(nn.Module):

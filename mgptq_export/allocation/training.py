@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 LEARNING_RATE = 3e-2
 # Part of a tensor's estimate that a measurement is doubted by, beside its own standard error.
 DOUBT = 0.25
+# How far the first proposal follows the network: the exponent of its corrections. All of them at once is too far from
+# what was tried: they are told apart by tensors only, and by those formats that were tried.
+FIRST_STEP = 0.5
+STEP_AFTER_GAIN, STEP_AFTER_LOSS, SHORTER_STEPS = 1.5, 0.5, 3
 # What a correction costs: little where all formats of a unit share it, as trials tell it; more where they do not.
 COMMON_RIDGE, SPECIFIC_RIDGE = 0.0003, 0.01
 
@@ -86,7 +90,8 @@ def allocate_by_gnn(
     """Train the network on trials of its own proposals, and take the one that lost least.
 
     The first trial is the untrained network's, that of the estimated costs. After every trial the network learns to
-    predict what each tensor lost, and proposes the cheapest assignment by its corrected costs.
+    predict what each tensor lost, and proposes the cheapest assignment by its corrected costs: half of the way at
+    first, further after a trial that was the best so far, less far after one that was not.
 
     Args:
         attempt: quantizes the model as told, and measures it.
@@ -105,6 +110,7 @@ def allocate_by_gnn(
         trial = attempt(problem.allocation(choice))
         predictor = _Predictor(problem, costs, sizes, choice, trial, seed)
         tried = [_Tried(choice, predictor.costs, trial)]
+        step = FIRST_STEP
         while True:
             best = min(tried, key=lambda one: one.trial.divergence)
             report(f"KL divergence {tried[-1].trial.divergence:.4f}, best {best.trial.divergence:.4f}")
@@ -112,11 +118,15 @@ def allocate_by_gnn(
             if len(tried) == trials:
                 break
             logger.debug("trial %d: KL divergence %.4f", len(tried), tried[-1].trial.divergence)
-            corrected = problem.world.from_first(partial(predictor.learn, tried, steps))
-            choice = cheapest_within(corrected, sizes, problem.budget)
-            if any(torch.equal(choice, known.choice) for known in tried):
+            corrections = problem.world.from_first(partial(predictor.learn, tried, steps))
+            proposed = _propose(problem, sizes, predictor.costs, corrections, step, tried)
+            if proposed is None:
                 break
-            tried.append(_Tried(choice, corrected, attempt(problem.allocation(choice))))
+            step, choice, corrected = proposed
+            trial = attempt(problem.allocation(choice))
+            tried.append(_Tried(choice, corrected, trial))
+            has_gained = trial.divergence < best.trial.divergence
+            step = min(1.0, step * (STEP_AFTER_GAIN if has_gained else STEP_AFTER_LOSS))
     logger.debug("the best trial's KL divergence: %.4f", best.trial.divergence)
     report(f"KL divergence {best.trial.divergence:.4f} in the best trial of {len(tried)}")
     return Decision(
@@ -124,6 +134,28 @@ def allocate_by_gnn(
         losses_of_linears(problem, best.choice, predictor.costs, best.costs, best.trial.losses),
         tuple(one.trial.divergence for one in tried),
     )
+
+
+def _propose(
+    problem: AllocationProblem,
+    sizes: torch.Tensor,
+    costs: torch.Tensor,
+    corrections: torch.Tensor,
+    step: float,
+    tried: list[_Tried],
+) -> tuple[float, torch.Tensor, torch.Tensor] | None:
+    """The cheapest assignment that was not tried, after a step of this length, a shorter one, or else all of the way.
+
+    Returns:
+        the step that leads there, the choice, and the costs by which it is the cheapest.
+    """
+    shorter = [step * STEP_AFTER_LOSS**times for times in range(SHORTER_STEPS + 1)]
+    for length in (*shorter, 1.0):
+        corrected = costs * (length * corrections).exp()
+        choice = cheapest_within(corrected, sizes, problem.budget)
+        if not any(torch.equal(choice, known.choice) for known in tried):
+            return length, choice, corrected
+    return None
 
 
 class _Predictor:
@@ -152,14 +184,14 @@ class _Predictor:
             self._network = AllocatorNetwork(self._graph.features.shape[1], sizes.shape[1])
 
     def learn(self, tried: list[_Tried], steps: int) -> torch.Tensor:
-        """Train on all trials so far: costs as the network corrects them now, float64 [units, formats]."""
+        """Train on all trials so far: how the network corrects the logarithms of costs, float64 [units, formats]."""
         lessons = [_lesson(self._problem, self._graph, self.costs, one.choice, one.trial) for one in tried]
         optimizer = torch.optim.Adam(self._network.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         with track("Training the allocator", steps) as advance:
             for _ in range(steps):
                 correction = self._network(self._graph, self._log_costs)
-                loss = _error(correction.applied(self.costs), self._graph, lessons) + _ridge(correction)
+                loss = _error(self._corrected(correction), self._graph, lessons) + _ridge(correction)
                 if not torch.isfinite(loss):
                     raise NumericalError(
                         "the allocator's loss is NaN or infinite; are weights huge or all zero? try another --allocator"
@@ -170,10 +202,13 @@ class _Predictor:
                 schedule.step()
                 advance()
         with torch.no_grad():
-            corrected = self._network(self._graph, self._log_costs).applied(self.costs)
-        errors = [_error(table, self._graph, lessons).item() for table in (self.costs, corrected)]
+            correction = self._network(self._graph, self._log_costs)
+        errors = [_error(table, self._graph, lessons).item() for table in (self.costs, self._corrected(correction))]
         logger.debug("error of the estimates %.4f, of the network %.4f", *errors)
-        return corrected
+        return correction.of_logarithms
+
+    def _corrected(self, correction: Correction) -> torch.Tensor:
+        return self.costs * correction.of_logarithms.exp()
 
 
 def _lesson(

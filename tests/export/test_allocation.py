@@ -267,7 +267,7 @@ def test_the_network_learns_where_the_estimate_is_wrong(linears, factor):
     """A linear's true loss is off by a factor: bits move to it or away from it, and the loss falls."""
     problem, factors = problem_of(linears, 2.4), {"blk.1.attn_q": factor}
     model = Model(problem, factors)
-    estimated, learnt = by_hessian(problem), by_gnn(problem, 4, 60, factors)
+    estimated, learnt = by_hessian(problem), by_gnn(problem, 5, 60, factors)
     before, after = (bits_of({"blk.1.attn_q": one["blk.1.attn_q"]}, linears) for one in (estimated, learnt))
     assert after > before if factor > 1 else after < before
     assert model.loss(learnt) < 0.97 * model.loss(estimated)
