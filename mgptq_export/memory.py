@@ -1,10 +1,12 @@
-"""Memory of what outlives a step: weights, hidden states. Where there is not enough of it, in mapped files."""
+"""Memory of what outlives a step: weights, hidden states, sums. Where there is not enough of it, in mapped files."""
 
 import copy
 import ctypes
+import math
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,20 +65,34 @@ class Memory:
         """
         if self._folder is None or tensor.device.type != "cpu" or not tensor.numel():
             return tensor if dtype is None else tensor.to(dtype, copy=True)
-        dtype = dtype or tensor.dtype
+        kept = self._in_file(tensor.shape, dtype or tensor.dtype)
+        for source, target in zip(tensor.flatten().split(PIECE), kept.flatten().split(PIECE), strict=True):
+            target.copy_(source)
+            self.release(tensor, kept)
+        return kept
+
+    def zeros(self, *shape: int, device: torch.device) -> torch.Tensor:
+        """What sums begin with, float32; in a file where this memory is one of files, and the device the CPU.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if self._folder is None or device.type != "cpu":
+            return torch.zeros(shape, device=device)
+        return self._in_file(shape, torch.float32)
+
+    def _in_file(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Zeros in a file."""
         with tempfile.TemporaryFile(dir=self._folder) as file:
-            size = tensor.numel() * dtype.itemsize
+            size = math.prod(shape) * dtype.itemsize
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full later would kill the process
             else:
                 file.truncate(size)
             mapping = mmap.mmap(file.fileno(), size)
-        kept = torch.frombuffer(mapping, dtype=dtype).view(tensor.shape)
-        self._mappings[kept.data_ptr()] = mapping
-        for source, target in zip(tensor.flatten().split(PIECE), kept.flatten().split(PIECE), strict=True):
-            target.copy_(source)
-            self.release(tensor, kept)
-        return kept
+        made = torch.frombuffer(mapping, dtype=dtype).view(shape)
+        self._mappings[made.data_ptr()] = mapping
+        return made
 
     def release(self, *tensors: torch.Tensor) -> None:
         """Say that tensors are not needed soon: what is in files need not stay in memory."""

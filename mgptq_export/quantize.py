@@ -98,7 +98,7 @@ def quantize(
         calibration = calibrate(source, recipe)
     numbers = count(1)
     # No trial changes what these are made of.
-    tables = cache(partial(_solve_tables, source, calibration.statistics.head.hessian, recipe, layout))
+    tables = cache(lambda: _solve_tables(source, calibration.statistics.head.hessian, recipe, layout))
 
     def attempt(allocated: Allocated) -> Trial:
         trial = journal.once(
@@ -310,7 +310,7 @@ def _correct_drift(group: GroupModules, measured: Measured, share: float, tokens
     for module in group.modules.values():
         weight: Any = module.weight
         behind = measured.behind(weight)
-        weight += share * (behind @ inverse.t() @ inverse)
+        weight.addmm_(behind @ inverse.t(), inverse, alpha=share)
 
 
 def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> QuantizedModel:

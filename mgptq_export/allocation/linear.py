@@ -1,5 +1,6 @@
 """A linear as the allocators see it, and what an error of it costs the model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ __all__ = ["InputColumns", "LinearProblem", "beyond_quadratic", "strongest_edges
 NEIGHBOURS = 8
 
 LARGE_ERROR_FACTOR = 5.0
+# Weights whose errors are estimated together.
+NUMBERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,17 @@ class LinearProblem:
         """Stored bits of one block of 64 columns, all rows."""
         return self.rows * FORMATS[fmt].block_bytes * 8
 
-    def in_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight [rows, blocks, 64] and column importance [blocks, 64], both zero where padded: float32."""
+    def in_blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """For some rows at a time: weight [rows, blocks, 64], column importance [blocks, 64], sensitivity [rows].
+
+        The first two are zero where padded; float32. Weights are made anew.
+        """
         missing = self.blocks * BLOCK_COLUMNS - self.columns
-        weight, importance = (pad(values, (0, missing)) for values in (self.weight, self.inputs.importance))
-        return weight.view(self.rows, self.blocks, BLOCK_COLUMNS), importance.view(self.blocks, BLOCK_COLUMNS)
+        importance = pad(self.inputs.importance, (0, missing)).view(self.blocks, BLOCK_COLUMNS)
+        at_once = max(1, NUMBERS_AT_ONCE // self.columns)
+        for rows, sensitivity in zip(self.unordered.split(at_once), self.sensitivity.split(at_once), strict=True):
+            weight = pad(rows[:, self.order].float(), (0, missing))
+            yield weight.view(len(rows), self.blocks, BLOCK_COLUMNS), importance, sensitivity
 
 
 def strongest_edges(upper: torch.Tensor, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,6 @@ Allocation = dict[str, tuple[str, ...]]
 """The format of every block, by linear; a single one where the whole linear has it."""
 
 COST_CANDIDATES = 6
-COST_ROWS = 1024
 
 
 class AllocationProblem(Protocol):
@@ -146,9 +145,11 @@ class BlockProblem:
         """What every block would lose if it were dropped, on the scale of :meth:`costs`: float64 [units]."""
         table = []
         for linear in self.linears:
-            weight, importance = linear.in_blocks()
-            weighted = weight.square_().mul_(importance).double().sum(-1)
-            table.append((weighted * linear.sensitivity.double()[:, None]).sum(0).cpu())
+            total = torch.zeros(linear.blocks, dtype=torch.float64, device=linear.unordered.device)
+            for weight, importance, sensitivity in linear.in_blocks():
+                weighted = weight.square_().mul_(importance).double().sum(-1)
+                total += (weighted * sensitivity.double()[:, None]).sum(0)
+            table.append(total.cpu())
         return torch.cat(table)
 
     def costs(self) -> torch.Tensor:
@@ -167,9 +168,9 @@ class BlockProblem:
 
     def _costs_of(self, linear: LinearProblem) -> torch.Tensor:
         """The quadratic part, of one linear's blocks: float64 [blocks, formats]."""
-        weight, importance = linear.in_blocks()
-        total = torch.zeros(linear.blocks, len(self.formats), dtype=torch.float64, device=weight.device)
-        for rows, sensitivity in zip(weight.split(COST_ROWS), linear.sensitivity.split(COST_ROWS), strict=True):
-            errors = [search_scales(rows, importance, grid_of(x), COST_CANDIDATES)[1] for x in self.formats]
+        device = linear.unordered.device
+        total = torch.zeros(linear.blocks, len(self.formats), dtype=torch.float64, device=device)
+        for weight, importance, sensitivity in linear.in_blocks():
+            errors = [search_scales(weight, importance, grid_of(x), COST_CANDIDATES)[1] for x in self.formats]
             total += (torch.stack(errors, -1).double() * sensitivity.double()[:, None, None]).sum(0)
         return total.cpu()

@@ -99,13 +99,12 @@ def _go_back(original: Any, quantized: Any, tokens: torch.Tensor) -> float:
     embedded = quantized.get_input_embeddings()(tokens).requires_grad_(True)
     hidden = quantized.model(inputs_embeds=embedded, use_cache=False).last_hidden_state.flatten(0, 1)
 
-    def divergence(logits: torch.Tensor, positions: slice) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = torch.log_softmax(original.lm_head(originals[positions]).float(), -1)
+    def divergence(logits: torch.Tensor, original_logits: torch.Tensor) -> torch.Tensor:
+        wanted = torch.log_softmax(original_logits.float(), -1)
         found = torch.log_softmax(logits, -1)
         lost = nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / tokens.shape[1]
         if not torch.isfinite(lost):
             raise NumericalError("the quantized model's logits are NaN or infinite; ask for more bits")
         return lost
 
-    return backward_through_head(hidden, quantized.lm_head, divergence)
+    return backward_through_head(hidden, quantized.lm_head, divergence, (originals, original.lm_head))

@@ -79,8 +79,8 @@ class DriftFlow:
         """What an input group reads; of its layer, those before it are quantized, itself is not."""
         flow = self._quantized
         point = _Point.of(flow.source, index, group)
-        world = flow.source.world
-        hessian, drift = HessianAccumulator(group.columns, flow.source.model.device, world), None
+        world, memory = flow.source.world, flow.source.memory
+        hessian, drift = HessianAccumulator(group.columns, flow.source.model.device, world, memory), None
         with _recorded((point.reads, point.shows), last=point.shows if self._original else point.reads) as seen:
             for place, state in enumerate(flow.states):
                 output = state
@@ -92,7 +92,7 @@ class DriftFlow:
                     shown = output if point.shows is None else seen[point.shows]
                     behind = (self._references[group.name][place] - shown).flatten(0, 1)
                     if drift is None:
-                        drift = torch.zeros(behind.shape[1], group.columns, device=behind.device)
+                        drift = memory.zeros(behind.shape[1], group.columns, device=behind.device)
                     with multiplying_in(compute_dtype(behind.device)):
                         drift.addmm_(behind.t(), read.flatten(0, 1).float(), alpha=2.0 / self._tokens)
         if drift is not None:

@@ -11,6 +11,7 @@ from torch import nn
 from mgptq_export.compute import batches, compute_dtype, computing_in, multiplying_in
 from mgptq_export.distributed import ALONE, World
 from mgptq_export.hooks import hooked
+from mgptq_export.memory import IN_MEMORY, Memory
 from mgptq_export.models import SourceModel
 
 __all__ = ["HessianAccumulator", "LayerFlow", "StopForward"]
@@ -24,8 +25,8 @@ class HessianAccumulator:
     Activations are rounded as the linear itself rounds them, to the type that the model is computed in.
     """
 
-    def __init__(self, columns: int, device: torch.device, world: World = ALONE) -> None:
-        self._sum = torch.zeros(columns, columns, device=device)
+    def __init__(self, columns: int, device: torch.device, world: World = ALONE, memory: Memory = IN_MEMORY) -> None:
+        self._sum = memory.zeros(columns, columns, device=device)
         self._count = torch.zeros((), dtype=torch.int64)
         self._world = world
 
@@ -105,7 +106,7 @@ class LayerFlow:
         return output[0] if isinstance(output, tuple) else output
 
     def _accumulator(self, columns: int) -> HessianAccumulator:
-        return HessianAccumulator(columns, self.source.model.device, self.source.world)
+        return HessianAccumulator(columns, self.source.model.device, self.source.world, self.source.memory)
 
     def _first_layer_inputs(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states [batch, sequence, hidden] that enter the first layer."""

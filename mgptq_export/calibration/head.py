@@ -5,20 +5,27 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from mgptq_export.compute import pieces
+
 __all__ = ["backward_through_head"]
 
 LOGITS_AT_ONCE = 1 << 24
 
 
 def backward_through_head(
-    hidden: torch.Tensor, head: nn.Linear, loss_of: Callable[[torch.Tensor, slice], torch.Tensor]
+    hidden: torch.Tensor,
+    head: nn.Linear,
+    loss_of: Callable[..., torch.Tensor],
+    reference: tuple[torch.Tensor, nn.Linear] | None = None,
 ) -> float:
     """Compute a loss that is a sum over positions, and its gradients in what ``hidden`` was made of.
 
     Args:
         hidden: what the head reads, float [positions, hidden], with its history.
         head: its weights are frozen.
-        loss_of: from logits, float32 [some positions, vocabulary], and these positions to their share of the loss.
+        loss_of: from logits, float32 [some positions, vocabulary], to these positions' share of the loss. With a
+            reference its logits follow, float [some positions, vocabulary].
+        reference: what another head reads at the same positions, and that head.
 
     Returns:
         the loss.
@@ -26,12 +33,30 @@ def backward_through_head(
     total, gradient = 0.0, torch.empty_like(hidden)
     at_once = max(1, LOGITS_AT_ONCE // head.out_features)
     for start in range(0, len(hidden), at_once):
-        piece = slice(start, min(start + at_once, len(hidden)))
-        read = hidden[piece].detach().requires_grad_(True)
-        loss = loss_of(head(read).float(), piece)
-        loss.backward()  # type: ignore[no-untyped-call]
+        span = slice(start, start + at_once)
+        read = hidden[span].detach().requires_grad_(True)
+        logits = head(read)
+        with torch.no_grad():
+            others = [] if reference is None else [reference[1](reference[0][span])]
+        loss, towards_logits = _loss_and_gradient(loss_of, logits.detach(), *others)
+        logits.backward(towards_logits)
         assert read.grad is not None
-        gradient[piece] = read.grad
-        total += loss.item()
+        gradient[span] = read.grad
+        total += loss
     hidden.backward(gradient)
     return total
+
+
+def _loss_and_gradient(
+    loss_of: Callable[..., torch.Tensor], logits: torch.Tensor, *others: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """A loss and its gradient in logits, which take several times their memory in float32 on the way."""
+    total, gradient = 0.0, torch.empty_like(logits)
+    for piece in pieces(logits):
+        own = logits[piece].float().requires_grad_(True)
+        loss = loss_of(own, *(other[piece] for other in others))
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert own.grad is not None
+        gradient[piece] = own.grad
+        total += loss.item()
+    return total, gradient

@@ -170,7 +170,7 @@ def _run_backward(model: Any, batch: torch.Tensor, generator: torch.Generator) -
         backward_through_head(hidden.flatten(0, 1), model.lm_head, partial(_drawn_loss, generator))
 
 
-def _drawn_loss(generator: torch.Generator, logits: torch.Tensor, positions: slice) -> torch.Tensor:
+def _drawn_loss(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(logits).all():
         raise NumericalError("the model's logits are NaN or infinite on the calibration text; check the model")
     probabilities = torch.softmax(logits.detach(), -1).cpu()

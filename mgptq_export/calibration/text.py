@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from mgptq_export.compute import compute_dtype
+from mgptq_export.compute import compute_dtype, pieces
 from mgptq_export.families.base import head_size
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
@@ -223,6 +223,10 @@ def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tens
     Args:
         probabilities: float32 [rows, places], on the CPU.
     """
-    sums = probabilities.cumsum(-1, dtype=torch.float64)
-    chosen = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
-    return torch.searchsorted(sums, chosen, right=True).clamp_max_(sums.shape[1] - 1)
+    rows, places = probabilities.shape
+    heights = torch.rand(rows, 1, generator=generator, dtype=torch.float64)
+    chosen = torch.empty(rows, 1, dtype=torch.int64)
+    for piece in pieces(probabilities):
+        sums = probabilities[piece].cumsum(-1, dtype=torch.float64)
+        chosen[piece] = torch.searchsorted(sums, heights[piece] * sums[:, -1:], right=True)
+    return chosen.clamp_max_(places - 1)

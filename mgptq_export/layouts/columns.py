@@ -104,9 +104,8 @@ class ColumnLayout:
             for name, weight in weights.items():
                 spans[name] = slice(start, start + len(weight))
                 start += len(weight)
-            stacked = torch.cat(list(weights.values()))[:, order]
             rows_and_formats = [(rows, allocated.formats[name]) for name, rows in spans.items()]
-            solution = solve_blockwise(stacked, factor.upper, rows_and_formats)
+            solution = solve_blockwise(torch.cat(list(weights.values()))[:, order], factor.upper, rows_and_formats)
             return [
                 pack_linear(
                     name,

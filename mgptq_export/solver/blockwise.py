@@ -68,21 +68,21 @@ def solve_blockwise(
     weight, upper = pad_columns(weight.clone(), upper)
     importance = column_importance(upper, columns)
     blocks = weight.shape[1] // BLOCK_COLUMNS
-    values = torch.zeros_like(weight)
     scales = torch.zeros(weight.shape[0], blocks, device=weight.device)
     errors = torch.zeros(weight.shape[0], blocks, dtype=torch.float64, device=weight.device)
     for block in range(blocks):
         span = slice(block * BLOCK_COLUMNS, (block + 1) * BLOCK_COLUMNS)
-        scaled_errors = torch.zeros_like(weight[:, span])
+        values, scaled_errors = torch.empty(2, len(weight), BLOCK_COLUMNS, device=weight.device)
         for rows, names in formats:
             grid = grid_of(names[block])
             scales[rows, block], _ = search_scales(weight[rows, span], importance[span], grid)
-            values[rows, span], scaled_errors[rows] = _solve_block(
+            values[rows], scaled_errors[rows] = _solve_block(
                 weight[rows, span], upper[span, span], scales[rows, block], grid
             )
+        weight[:, span] = values  # no later block needs what it was
         weight[:, span.stop :].addmm_(scaled_errors, upper[span, span.stop :], alpha=-1)
         errors[:, block] = (scaled_errors * (importance[span] > 0)).square_().sum(-1, dtype=torch.float64)
-    return BlockwiseSolution(values, scales, errors)
+    return BlockwiseSolution(weight, scales, errors)
 
 
 def _solve_block(

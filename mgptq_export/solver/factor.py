@@ -1,6 +1,7 @@
 """The Cholesky factor of the inverse Hessian, which drives both the column graph and the error compensation."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ def factorize(hessian: torch.Tensor, permutation: torch.Tensor, damping: float, 
     Raises:
         NumericalError: the Hessian holds NaN or infinity, or is not positive definite with any damping tried.
     """
-    if not torch.isfinite(hessian).all():
+    if not _is_finite(hessian):
         raise NumericalError(f"{name}: the Hessian holds NaN or infinity; the model's activations overflow")
     diagonal = hessian.diagonal()[permutation].double()
     dead = diagonal <= 0
@@ -68,6 +69,11 @@ def factorize(hessian: torch.Tensor, permutation: torch.Tensor, damping: float, 
         f"{name}: the Hessian is not positive definite even with damping {damping / 10:g}; "
         "use more calibration text (--samples) or check the model"
     )
+
+
+def _is_finite(matrix: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity. ``torch.isfinite`` takes more memory than the matrix."""
+    return all(math.isfinite(extreme) for extreme in matrix.aminmax())
 
 
 def _permuted(matrix: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
@@ -104,4 +110,4 @@ def _inverse_upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
         corner = torch.linalg.solve_triangular(matrix[own, own], identity, upper=True)
         matrix[:start, own] = matrix[:start, :start] @ matrix[:start, own] @ -corner
         matrix[own, own] = corner
-    return matrix if torch.isfinite(matrix).all() else None
+    return matrix if _is_finite(matrix) else None

@@ -157,6 +157,15 @@ def test_what_is_left_over_buys_no_upgrade(seed, share):
     assert left < extra[extra > 0].min()
 
 
+@pytest.mark.parametrize("weights_at_once", [1, 1000])
+def test_estimates_are_made_for_some_rows_at_a_time_which_changes_nothing(linears, weights_at_once, monkeypatch):
+    problem = problem_of(linears, 2.5)
+    whole = problem.costs(), problem.energies()
+    monkeypatch.setattr("mgptq_export.allocation.linear.NUMBERS_AT_ONCE", weights_at_once)
+    for found, expected in zip((problem.costs(), problem.energies()), whole, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-12)
+
+
 def test_choices_are_mostly_optimal():
     gaps = []
     for seed in range(20):

@@ -17,8 +17,9 @@ from mgptq_export.calibration import (
     file_tokens,
     recovery_tokens,
 )
+from mgptq_export.calibration.head import backward_through_head
 from mgptq_export.calibration.text import cache_for, drawn
-from mgptq_export.compute import compute_dtype
+from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.models import SourceModel, load_source
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
 
@@ -192,6 +193,13 @@ def test_sampling_draws_by_probability():
     assert (counts[[0, 2, 5]] == 0).all() and (counts - probabilities[0]).abs().max() < 0.03
 
 
+def test_drawing_for_some_rows_at_a_time_draws_the_same(monkeypatch):
+    probabilities = torch.rand(40, 30, generator=generator()).softmax(-1)
+    whole = drawn(probabilities, generator(1))
+    monkeypatch.setattr("mgptq_export.compute.CACHED_NUMBERS", 7 * 30)
+    assert torch.equal(drawn(probabilities, generator(1)), whole)
+
+
 def test_text_that_is_short_is_used_up_with_a_warning(source, tmp_path, caplog):
     path = tmp_path / "short.txt"
     path.write_text(tiny_models.text())
@@ -296,6 +304,26 @@ def test_a_model_that_was_quantized_to_no_numbers_is_an_error(source, tokens):
     broken.groups()[0].modules["blk.0.attn_v"].weight.data[0] = torch.nan
     with pytest.raises(NumericalError, match="quantized model's logits are NaN"):
         attribute(source, broken, tokens)
+
+
+def test_logits_are_in_float32_for_a_few_positions_at_a_time_which_changes_no_gradient(monkeypatch):
+    head = torch.nn.Linear(6, 50, bias=False).requires_grad_(False)
+    found = []
+    for at_once in (1 << 18, 7 * 50):
+        monkeypatch.setattr("mgptq_export.compute.CACHED_NUMBERS", at_once)
+        hidden, sizes = torch.randn(20, 6, generator=generator()).requires_grad_(True), []
+
+        def loss_of(logits: torch.Tensor, others: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(len(logits))
+            assert logits.dtype == torch.float32
+            return (logits.log_softmax(-1) * others).sum()
+
+        with computing_in(torch.bfloat16, hidden.device):
+            loss = backward_through_head(hidden * 1, head, loss_of, (hidden.detach(), head))
+        found.append((loss, hidden.grad, sizes))
+    assert found[0][2] == [20] and found[1][2] == [7, 7, 6]
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert torch.equal(found[1][1], found[0][1])
 
 
 def test_logits_are_held_for_a_few_positions_at_a_time_which_changes_nothing(source, tokens, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 
 from mgptq_export import memory as memory_module
 from mgptq_export import pipeline
+from mgptq_export.calibration import DriftFlow
 from mgptq_export.compute import batches
 from mgptq_export.memory import IN_MEMORY, Memory, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
@@ -40,6 +41,27 @@ def test_what_is_kept_in_a_file_is_what_was_given(paged, dtype, monkeypatch):
 @pytest.mark.parametrize(("length", "expected"), [(512, [4, 3]), (2048, [1] * 7), (3000, [1] * 7), (100, [7])])
 def test_longer_sequences_go_through_the_model_fewer_at_a_time(length, expected):
     assert [len(batch) for batch in batches(torch.zeros(7, length, dtype=torch.int64), 2048)] == expected
+
+
+def test_sums_begin_with_zeros_and_lie_where_weights_do(paged, tmp_path):
+    mapped = Path("/proc/self/maps").read_text
+    for memory in (IN_MEMORY, paged):
+        total = memory.zeros(3, 5, device=torch.device("cpu"))
+        assert (str(tmp_path) in mapped()) == memory.is_paged
+        assert torch.equal(total.addmm_(torch.ones(3, 2), torch.ones(2, 5)), torch.full((3, 5), 2.0))
+        memory.release(total)
+        assert torch.equal(total, torch.full((3, 5), 2.0))
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_hessians_and_drift_lie_in_files_where_weights_do(even_model, tmp_path, is_paged):
+    source = load_source(str(even_model), memory=Memory(tmp_path) if is_paged else IN_MEMORY)
+    flow = DriftFlow(source, source.copy(), torch.arange(64).view(2, 32))
+    flow.enter(0, measuring=True)
+    mapped = Path("/proc/self/maps").read_text
+    before = mapped().count(str(tmp_path))
+    measured = [flow.measure(0, group) for group in source.layer_groups(0)]
+    assert mapped().count(str(tmp_path)) - before == (2 * len(measured) if is_paged else 0)
 
 
 def test_files_have_no_names_and_go_with_the_tensor(paged, tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgptq_export.solver import factorize, grid_of, pack_linear, search_scales, solve_blockwise
 from mgptq_runtime.errors import NumericalError
@@ -41,6 +42,22 @@ def nearest(weight: torch.Tensor, scale: torch.Tensor, fmt: str) -> tuple[torch.
     distances = (weight[..., None] - scale[..., None] * levels).abs() / scale[..., None].abs()
     two = distances.topk(2, largest=False)
     return levels[two.indices[..., 0]], two.values[..., 1] - two.values[..., 0]
+
+
+class LargestMade(TorchDispatchMode):
+    """Notes how many bytes the two largest tensors have that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = [0, 0]
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):  # type: ignore[no-untyped-def]
+        made = function(*arguments, **(keywords or {}))
+        known = {one.untyped_storage().data_ptr() for one in arguments if isinstance(one, torch.Tensor)}
+        for one in made if isinstance(made, tuple) else [made]:
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in known:
+                self.sizes = sorted([*self.sizes, one.untyped_storage().nbytes()])[-2:]
+        return made
 
 
 def textbook_gptq(
@@ -278,3 +295,22 @@ def test_packed_linears_hold_the_solution_bit_for_bit(formats):
     assert np.array_equal(linear.dequantize(), expected)
     runs = [fmt for i, fmt in enumerate(formats) if i == 0 or formats[i - 1] != fmt]
     assert [segment.format for segment in linear.segments] == runs
+
+
+@pytest.mark.parametrize("columns", [400, 401])
+def test_factorizing_takes_little_more_memory_than_the_factor(columns, monkeypatch):
+    monkeypatch.setattr("mgptq_export.compute.CACHED_NUMBERS", 1 << 13)
+    monkeypatch.setattr("mgptq_export.solver.factor.FACTOR_COLUMNS", 32)
+    monkeypatch.setattr("mgptq_export.solver.factor.DOUBLE_COLUMNS", 0)
+    hessian = hessian_of(activations(columns)).float()
+    with LargestMade() as made:
+        factorize(hessian, natural(columns).flip(0), 0.01, "x")
+    assert made.sizes[1] == 4 * columns**2 and made.sizes[0] < columns**2
+
+
+def test_solving_takes_little_more_memory_than_a_copy_of_the_weights():
+    weight, upper = random_weight(256, rows=512), torch.eye(256)
+    with LargestMade() as made:
+        solution = solve_blockwise(weight, upper, [(slice(0, 512), ["b2"] * 4)])
+    assert made.sizes[1] == 4 * weight.numel() and made.sizes[0] < 2 * weight.numel()
+    assert torch.equal(weight, random_weight(256, rows=512)) and solution.values.shape == weight.shape
