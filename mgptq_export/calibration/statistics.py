@@ -11,7 +11,7 @@ from torch import nn
 
 from mgptq_export.calibration.flow import LayerFlow
 from mgptq_export.calibration.head import backward_through_head
-from mgptq_export.calibration.text import drawn
+from mgptq_export.calibration.text import drawn, skip_drawing
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.hooks import hooked
 from mgptq_export.journal import FORGETFUL, Journal, Record
@@ -136,18 +136,13 @@ def _measure_gradients(
             if place in mine:
                 _run_backward(source.model, sequence.to(source.model.device), generator)
             else:
-                _skip_labels(source.model, sequence.numel(), generator)
+                skip_drawing(sequence.numel(), generator)  # every sequence has the same labels on any rank
             advance()
     source.world.sum_(*totals.values())
     for name, total in totals.items():
         if not torch.isfinite(total).all():
             raise NumericalError(f"{name}: the loss gradient is NaN or infinite on the calibration text")
     return {name: total / tokens.numel() for name, total in totals.items()}
-
-
-def _skip_labels(model: Any, count: int, generator: torch.Generator) -> None:
-    """Draw as many labels as :func:`_run_backward` does, for every sequence to get the same ones on any rank."""
-    torch.multinomial(torch.ones(count, model.lm_head.out_features), 1, generator=generator)
 
 
 def _watch_gradient(total: torch.Tensor) -> Callable[[nn.Module, object, torch.Tensor], None]:

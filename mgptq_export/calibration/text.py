@@ -17,7 +17,15 @@ from mgptq_runtime.perplexity import read_text
 from mgptq_runtime.progress import Advance, track
 from mgptq_runtime.tokenizer import encode_text
 
-__all__ = ["cache_for", "calibration_sha256", "calibration_tokens", "drawn", "file_tokens", "recovery_tokens"]
+__all__ = [
+    "cache_for",
+    "calibration_sha256",
+    "calibration_tokens",
+    "drawn",
+    "file_tokens",
+    "recovery_tokens",
+    "skip_drawing",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -224,9 +232,19 @@ def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tens
         probabilities: float32 [rows, places], on the CPU.
     """
     rows, places = probabilities.shape
-    heights = torch.rand(rows, 1, generator=generator, dtype=torch.float64)
+    heights = _heights(rows, generator)
     chosen = torch.empty(rows, 1, dtype=torch.int64)
     for piece in pieces(probabilities):
         sums = probabilities[piece].cumsum(-1, dtype=torch.float64)
         chosen[piece] = torch.searchsorted(sums, heights[piece] * sums[:, -1:], right=True)
     return chosen.clamp_max_(places - 1)
+
+
+def skip_drawing(rows: int, generator: torch.Generator) -> None:
+    """Leave a generator as :func:`drawn` leaves it, without drawing."""
+    _heights(rows, generator)
+
+
+def _heights(rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Where in the cumulative probability each row's place is: float64 [rows, 1], 0 to 1."""
+    return torch.rand(rows, 1, generator=generator, dtype=torch.float64)

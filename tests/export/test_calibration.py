@@ -18,7 +18,7 @@ from mgptq_export.calibration import (
     recovery_tokens,
 )
 from mgptq_export.calibration.head import backward_through_head
-from mgptq_export.calibration.text import cache_for, drawn
+from mgptq_export.calibration.text import cache_for, drawn, skip_drawing
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.models import SourceModel, load_source
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
@@ -198,6 +198,13 @@ def test_drawing_for_some_rows_at_a_time_draws_the_same(monkeypatch):
     whole = drawn(probabilities, generator(1))
     monkeypatch.setattr("mgptq_export.compute.CACHED_NUMBERS", 7 * 30)
     assert torch.equal(drawn(probabilities, generator(1)), whole)
+
+
+def test_what_another_rank_draws_is_skipped_and_what_follows_is_the_same():
+    drawing, skipping = generator(1), generator(1)
+    drawn(torch.full((40, 30), 1 / 30), drawing)
+    skip_drawing(40, skipping)
+    assert torch.equal(drawing.get_state(), skipping.get_state())
 
 
 def test_text_that_is_short_is_used_up_with_a_warning(source, tmp_path, caplog):
