@@ -135,17 +135,17 @@ def strongest_edges(upper: torch.Tensor, neighbours: int) -> tuple[torch.Tensor,
     """
     roots = upper.diagonal().sqrt()
     k = min(neighbours, max(upper.shape[0] - 1, 1))
-    weights, sources = torch.empty(len(upper), k, device=upper.device), []
+    # Kept small results would lie between the large ones that are freed, and hold their memory.
+    weights = torch.empty(len(upper), k, device=upper.device)
+    sources = torch.empty(len(upper), k, dtype=torch.int64, device=upper.device)
     for piece in pieces(upper):
         # Below the diagonal U is zero: a sum of both sides is the one that is not.
         coupling = (upper[piece].abs() + upper[:, piece].t().abs()) / (roots[piece, None] * roots)
         coupling.diagonal(piece.start).zero_()
-        weights[piece], found = coupling.topk(k, dim=1)
-        sources.append(found)
-    of_rows = torch.cat(sources)
-    targets = torch.arange(upper.shape[0], device=upper.device)[:, None].expand_as(of_rows)
+        weights[piece], sources[piece] = coupling.topk(k, dim=1)
+    targets = torch.arange(upper.shape[0], device=upper.device)[:, None].expand_as(sources)
     weights = weights / (1.0 + weights)
-    return torch.stack([of_rows.flatten(), targets.flatten()]), weights.flatten()
+    return torch.stack([sources.flatten(), targets.flatten()]), weights.flatten()
 
 
 def beyond_quadratic(errors: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:

@@ -131,6 +131,18 @@ def test_a_full_disk_is_an_error_and_no_crash(even_model, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_full_once_sums_are_made_is_an_error_and_what_was_finished_stays(
+    even_model, tmp_path, monkeypatch
+):
+    def full(memory: Memory, *shape: int, device: torch.device) -> torch.Tensor:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Memory, "zeros", full)
+    with pytest.raises(BadInputError, match="No space left on device"):
+        pipeline.run(str(even_model), tmp_path / "out", RECIPE, ["container"], max_memory=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+
+
 def test_files_are_used_where_memory_is_short(tmp_path):
     assert memory_for(10**6, tmp_path, 2**31) is IN_MEMORY
     assert memory_for(10**9, tmp_path, 2**31).is_paged
