@@ -309,8 +309,8 @@ def test_factorizing_takes_little_more_memory_than_the_factor(columns, monkeypat
 
 
 def test_solving_takes_little_more_memory_than_a_copy_of_the_weights():
-    weight, upper = random_weight(256, rows=512), torch.eye(256)
+    weight, upper = random_weight(512, rows=512), torch.eye(512)
     with LargestMade() as made:
-        solution = solve_blockwise(weight, upper, [(slice(0, 512), ["b2"] * 4)])
+        solution = solve_blockwise(weight, upper, [(slice(0, 512), ["b2"] * 8)])
     assert made.sizes[1] == 4 * weight.numel() and made.sizes[0] < 2 * weight.numel()
-    assert torch.equal(weight, random_weight(256, rows=512)) and solution.values.shape == weight.shape
+    assert torch.equal(weight, random_weight(512, rows=512)) and solution.values.shape == weight.shape
