@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 WARM_UP_SHARE = 0.05
 CHECKED_BATCHES = 4
 KEPT_EVERY = 10
+# In nats per token. Below it steps are shorter: where little is lost, as at 4 bits, long ones lose more.
+LOSS_AT_FULL_RATE = 0.5
 # Whose mean loss is shown on the way.
 SHOWN_STEPS = 10
 
@@ -77,7 +79,8 @@ def recover(
         minutes: take as many steps as fit in, instead of ``steps``, one at least. Give ``steps`` what the result says
             to get the same model again.
         batch_tokens: per step, in whole sequences, one at least.
-        learning_rate: the largest change of a scale in a step, relative to its size.
+        learning_rate: the largest change of a scale in a step, relative to its size; less by the root of the loss
+            where that is below :data:`LOSS_AT_FULL_RATE`.
         seed: of the order of the text.
         dtype: of matrix products; by default bfloat16 where the machine has it, else float32.
         journal: steps that have been taken before, and where to keep those that are now.
@@ -103,7 +106,7 @@ def recover(
         losses = _Losses(student, Teacher(original, tokens, dtype), tokens, per_step)
         checked = batches[:CHECKED_BATCHES]
         before = losses.mean(checked)
-        divergences = _train(student, losses, batches, learning_rate, journal)
+        divergences = _train(student, losses, batches, learning_rate * _share_of_rate(before), journal)
         student.round()
         after = losses.mean(checked)
         logger.debug("recovery: KL divergence %.4f before, %.4f after", before, after)
@@ -113,6 +116,11 @@ def recover(
         logger.warning("recovery did not lower the loss (%.4f before, %.4f after); nothing was changed", before, after)
     load_quantized_weights(source, result)
     return Recovered(result, divergences)
+
+
+def _share_of_rate(loss: float) -> float:
+    """A loss is about quadratic in the scales' errors, so its root says how far they have to go."""
+    return min(1.0, math.sqrt(max(loss, 0.0) / LOSS_AT_FULL_RATE))
 
 
 def _steps_within(

@@ -377,6 +377,10 @@ def test_all_text_is_used_before_any_comes_again() -> None:
     assert len(few) == 6
 
 
+def test_steps_are_shorter_where_little_is_lost() -> None:
+    assert [training._share_of_rate(loss) for loss in (-1e-9, 0.0, 0.125, 0.5, 3.0)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
 def test_the_rate_rises_then_falls_to_nothing() -> None:
     rates = [cosine(step, 20, 2) for step in range(20)]
     assert rates.index(max(rates)) == 2 and rates[0] == pytest.approx(1 / 3) and 0 < rates[-1] < 0.01
