@@ -27,7 +27,7 @@ from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, permutati
 __all__ = ["ColumnLayout"]
 
 # Weights that are solved together; several times their memory is taken on the way.
-NUMBERS_AT_ONCE = 1 << 23
+NUMBERS_AT_ONCE = 1 << 22
 
 
 class ColumnLayout:
