@@ -359,8 +359,8 @@ def sweep(
     """Quantize MODEL at several budgets, and show perplexity against file size.
 
     OUT/2.25 and so on become packages as 'run' makes them, OUT/sweep.json the table. The model is calibrated and the
-    original scored once; allocation, solving and recovery are done for every budget. --resume takes other --bits and
-    --against, too.
+    original scored once; allocation, solving and recovery are done for every budget. Scored are the weights, by
+    PyTorch; what backends compute is checked, and scored by 'eval'. --resume takes other --bits and --against, too.
     """
     with exit_at_once():
         from mgptq_export import pipeline

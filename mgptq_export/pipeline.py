@@ -184,6 +184,8 @@ def make_package(
     targets: Sequence[str],
     journal: Journal,
     measuring: Callable[[Mapping[str, Scorer]], dict[str, Any]] | None = None,
+    *,
+    on_backends: bool = True,
 ) -> dict[str, Any]:
     """Quantize copies of a calibrated model, export them, evaluate what was exported; ``source`` stays as it is.
 
@@ -192,6 +194,7 @@ def make_package(
         recipes: by name of the layout.
         journal: what has been done of this before, and where to keep what is done.
         measuring: :func:`measure` with all but the scorers; None to leave evaluation out.
+        on_backends: evaluate what the exports compute, too, and not only the quantized weights in PyTorch.
 
     Returns:
         the manifest; nothing on other ranks than the first.
@@ -203,7 +206,10 @@ def make_package(
     write_targets(folder, solved, targets)
 
     def evaluating() -> dict[str, Any] | None:
-        return measuring(_scorers(source, solved, folder, targets)) if measuring else None
+        if measuring is None:
+            return None
+        scorers = _checkpoint_scorers(source, solved)
+        return measuring(scorers | _backend_scorers(folder, targets) if on_backends else scorers)
 
     return complete(folder, solved, targets, evaluating)
 
@@ -301,7 +307,7 @@ def evaluate_package(package: Path, model: str, text: EvaluationText, *, device:
             solved = read_solved(package, manifest)
             source = load_source(model, device=device)
         windows = text_windows(source, text, solved[0].made_with.get("calibration_sha256"))
-        scorers = _scorers(source, solved, package, manifest["targets"])
+        scorers = _checkpoint_scorers(source, solved) | _backend_scorers(package, manifest["targets"])
         return measure(text, windows, torch_scorer(source.model), scorers)
 
 
@@ -389,16 +395,21 @@ def _finished(
     return Record(arrays, {"model": description, "repairs": quantized.repairs, "history": history.to_json()})
 
 
-def _scorers(source: SourceModel, solved: Sequence[Solved], package: Path, targets: Sequence[str]) -> dict[str, Scorer]:
-    """The quantized models in PyTorch, and what the package's exports compute."""
+def _checkpoint_scorers(source: SourceModel, solved: Sequence[Solved]) -> dict[str, Scorer]:
+    """The quantized models in PyTorch."""
     scorers = {}
     for one in solved:
         working = source.copy()
         load_quantized_weights(working, one.checkpoint.model)
         scorers[CHECKPOINT_LABELS[one.layout.name]] = torch_scorer(working.model)
+    return scorers
+
+
+def _backend_scorers(package: Path, targets: Sequence[str]) -> dict[str, Scorer]:
+    """What the package's exports compute."""
     if not runs_on_backends(targets):
-        return scorers
-    opened = open_package(package)
+        return {}
+    scorers, opened = {}, open_package(package)
     for way in opened.ways():
         backend = opened.backend(way.backend, accuracy_level=way.accuracy_level, threads=torch.get_num_threads())
         scorers[way.name] = _backend_scorer(backend)

@@ -58,9 +58,10 @@ def sweep(
     """Quantize a model at several budgets, all from one calibration, and measure every result alike.
 
     Every budget becomes a package of its own, ``OUT/2.25`` and so on: the one that :func:`mgptq_export.pipeline.run`
-    makes at that budget, byte for byte, but for the picture of all budgets in its report. The original is scored once:
-    of its logits the scored half is kept beside ``out`` until the end, 4 bytes for each of ``windows * window / 2 *
-    vocabulary``.
+    makes at that budget, byte for byte, but for the picture of all budgets in its report, and for its evaluation, which
+    is of the weights in PyTorch alone: what its exports compute is checked as ever, and not scored. The original is
+    scored once: of its logits the scored half is kept beside ``out`` until the end, 4 bytes for each of ``windows *
+    window / 2 * vocabulary``.
 
     A sweep that was stopped can be resumed, with other budgets and other files to compare with, too; what is finished
     is not done again.
@@ -253,7 +254,9 @@ def _budget_rows(
 
     folder.mkdir()
     recipes = {layout.name: recipe for layout in pipeline.layouts_of(targets)}
-    manifest = pipeline.make_package(folder, source, calibration, recipes, targets, journal, measured)
+    manifest = pipeline.make_package(
+        folder, source, calibration, recipes, targets, journal, measured, on_backends=False
+    )
     seconds = journal.once("seconds", lambda: Record(facts=time.monotonic() - start)).facts
     for layout, of_layout in manifest["layouts"].items():
         takers = [target for target in targets if target_named(target).layout.name == layout]
