@@ -54,11 +54,12 @@ def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tenso
     parts = batches(tokens, TOKENS_AT_ONCE)
     divergences = torch.zeros(len(parts), dtype=torch.float64)
     pairs = zip(parts, losses.split(len(parts[0]), dim=1), strict=True)
+    heads = (original.head_in(dtype), quantized.head_in(dtype))
     mine = quantized.world.share([(place, *pair) for place, pair in enumerate(pairs)])
     with track("Measuring the quantized model", len(mine)) as advance:
         for place, batch, part in mine:
             with _watched(original, quantized, part), recomputing(quantized), computing_in(dtype, device):
-                divergences[place] = _go_back(original.model, quantized.model, batch.to(device))
+                divergences[place] = _go_back(original.model, quantized.model, heads, batch.to(device))
             advance()
     quantized.world.sum_(losses, divergences)  # exact: what other ranks measure is zero here
     return Attribution(sum(divergences.tolist()) / len(tokens), dict(zip(names, losses, strict=True)))
@@ -91,8 +92,12 @@ def _share(before: Any, after: Any, row: torch.Tensor) -> Any:
     return watch
 
 
-def _go_back(original: Any, quantized: Any, tokens: torch.Tensor) -> float:
-    """Sum over sequences of their mean KL divergence, and its gradients in the activations."""
+def _go_back(original: Any, quantized: Any, heads: tuple[nn.Linear, nn.Linear], tokens: torch.Tensor) -> float:
+    """Sum over sequences of their mean KL divergence, and its gradients in the activations.
+
+    Args:
+        heads: of the two models, in the type that is computed in.
+    """
     with torch.no_grad():
         originals = original.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
     # Weights are frozen: the embedded tokens are where gradients end.
@@ -107,4 +112,4 @@ def _go_back(original: Any, quantized: Any, tokens: torch.Tensor) -> float:
             raise NumericalError("the quantized model's logits are NaN or infinite; ask for more bits")
         return lost
 
-    return backward_through_head(hidden, quantized.lm_head, divergence, (originals, original.lm_head))
+    return backward_through_head(hidden, heads[1], divergence, (originals, heads[0]))

@@ -131,10 +131,11 @@ def _measure_gradients(
     totals = {name: torch.zeros(module.out_features, device=source.model.device) for name, module in modules.items()}
     handles = [module.register_forward_hook(_watch_gradient(totals[name])) for name, module in modules.items()]
     mine = set(source.world.share(range(len(tokens))))
+    head = source.head_in(compute_dtype(source.model.device))
     with hooked(handles), recomputing(source), track("Measuring sensitivity", len(tokens)) as advance:
         for place, sequence in enumerate(tokens.split(1)):
             if place in mine:
-                _run_backward(source.model, sequence.to(source.model.device), generator)
+                _run_backward(source.model, head, sequence.to(source.model.device), generator)
             else:
                 skip_drawing(sequence.numel(), generator)  # every sequence has the same labels on any rank
             advance()
@@ -156,13 +157,13 @@ def _watch_gradient(total: torch.Tensor) -> Callable[[nn.Module, object, torch.T
     return watch
 
 
-def _run_backward(model: Any, batch: torch.Tensor, generator: torch.Generator) -> None:
+def _run_backward(model: Any, head: nn.Linear, batch: torch.Tensor, generator: torch.Generator) -> None:
     """Go back from labels that the model's own predictions draw."""
     # Gradients flow through activations only: weights are frozen, so their gradients are never formed.
     embedded = model.get_input_embeddings()(batch).requires_grad_(True)
     with computing_in(compute_dtype(model.device), model.device):
         hidden: torch.Tensor = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        backward_through_head(hidden.flatten(0, 1), model.lm_head, partial(_drawn_loss, generator))
+        backward_through_head(hidden.flatten(0, 1), head, partial(_drawn_loss, generator))
 
 
 def _drawn_loss(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,11 @@ class SourceModel:
         """The same model with weights of its own."""
         return replace(self, model=self.memory.copy_of(self.model))
 
+    def head_in(self, dtype: torch.dtype) -> nn.Linear:
+        """The head as it is computed in ``dtype``: a copy that is converted once, or itself."""
+        head: nn.Linear = self.model.lm_head
+        return head if head.weight.dtype == dtype else self.memory.copy_of(head, dtype)
+
     def shape(self) -> "SourceModel":
         """The same model without values, on the ``meta`` device."""
         with torch.device("meta"):
