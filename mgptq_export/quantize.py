@@ -97,8 +97,11 @@ def quantize(
     if calibration is None:
         calibration = calibrate(source, recipe)
     numbers = count(1)
-    # No trial changes what these are made of.
-    tables = cache(lambda: _solve_tables(source, calibration.statistics.head.hessian, recipe, layout))
+
+    @cache  # no trial changes what these are made of
+    def tables() -> Tables:
+        made = partial(_solve_tables, source, calibration.statistics.head.hessian, recipe, layout)
+        return _tables_of(journal.once("tables", lambda: _tables_record(made())))
 
     def attempt(allocated: Allocated) -> Trial:
         trial = journal.once(
@@ -412,6 +415,17 @@ def _solve_tables(source: SourceModel, hessian: torch.Tensor, recipe: Recipe, la
         return solved("token_embd", model.lm_head, hessian), None
     plain = torch.eye(hessian.shape[0], device=hessian.device)
     return solved("token_embd", model.model.embed_tokens, plain), solved("output", model.lm_head, hessian)
+
+
+def _tables_record(tables: Tables) -> Record:
+    """Embedding and head, for a journal."""
+    return Record(*pack_group(InputGroup("tables", None, tuple(table for table in tables if table is not None))))
+
+
+def _tables_of(record: Record) -> Tables:
+    """What :func:`_tables_record` packed."""
+    embedding, *head = unpack_group(record.arrays, record.facts).linears
+    return embedding, head[0] if head else None
 
 
 def _replace_tables(source: SourceModel, embedding: QuantizedLinear, head: QuantizedLinear | None) -> None:

@@ -94,11 +94,20 @@ def test_a_run_that_is_stopped_after_every_record_ends_with_the_same_bytes(
     assert contents(tmp_path / "out") == contents(uninterrupted)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     layers = 2
-    of_a_layout = 3 + 1 + 4 * layers + 4 + 1  # trials, allocation, input groups, steps of recovery, the model
+    of_a_layout = 1 + 3 + 1 + 4 * layers + 4 + 1  # tables, trials, allocation, input groups, recovery, the model
     assert len(names) >= 2 + 2 * (of_a_layout - 2)  # trials end early where a proposal comes again
-    assert {"text", "hessians-1", "sensitivity", "trial-1", "allocation", "blk.1.ffn_down", "recovery", "model"} <= set(
-        names
-    )
+    kinds = {
+        "text",
+        "hessians-1",
+        "sensitivity",
+        "tables",
+        "trial-1",
+        "allocation",
+        "blk.1.ffn_down",
+        "recovery",
+        "model",
+    }
+    assert kinds <= set(names)
 
 
 def test_what_is_finished_is_not_done_again(model, text_file, uninterrupted, tmp_path, monkeypatch):
