@@ -50,18 +50,24 @@ class AllocatorNetwork(nn.Module):
         super().__init__()
         self.first = GraphConv(features, hidden, aggr="mean")
         self.second = GraphConv(hidden, hidden, aggr="mean")
-        self.between_tensors = GraphConv(hidden, hidden, aggr="mean")
+        self.between_tensors = GraphConv(hidden + 1, hidden, aggr="mean")
         inner, last = nn.Linear(2 * hidden + formats, hidden), nn.Linear(hidden, 1 + formats)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.allocator = nn.Sequential(inner, nn.SiLU(), last)
 
-    def forward(self, graph: ModelGraph, log_costs: torch.Tensor) -> Correction:
-        """Corrections of ``log_costs``, normalized estimates: float32 [units, formats]."""
+    def forward(self, graph: ModelGraph, log_costs: torch.Tensor, known: torch.Tensor) -> Correction:
+        """What is to be added to corrections that are known.
+
+        Args:
+            log_costs: normalized estimates, float32 [units, formats].
+            known: corrections of whole tensors, float [tensors].
+        """
         columns = functional.silu(self.first(graph.features, graph.adjacency))
         columns = functional.silu(self.second(columns, graph.adjacency))
         units = scatter(columns, graph.unit_of_node, dim=0, dim_size=len(graph.tensor_of_unit), reduce="mean")
         tensors = scatter(units, graph.tensor_of_unit, dim=0, dim_size=graph.tensors, reduce="mean")
+        tensors = torch.cat([tensors, known.float()[:, None]], dim=1)
         tensors = functional.silu(self.between_tensors(tensors, graph.tensor_edges))
         known = torch.cat([units, tensors[graph.tensor_of_unit], log_costs], dim=1)
         answer = LARGEST_CORRECTION * torch.tanh(self.allocator(known) / LARGEST_CORRECTION)

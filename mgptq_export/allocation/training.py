@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 LEARNING_RATE = 3e-2
 # Part of a tensor's estimate that a measurement is doubted by, beside its own standard error.
 DOUBT = 0.25
+# How far off a tensor's estimate is expected to be, as a logarithm; and the least that is made of it: a measurement
+# may come out below zero.
+SURPRISE, LEAST_RATIO = 1.0, 0.1
 # How far the first proposal follows the network: the exponent of its corrections. All of them at once is too far from
 # what was tried: they are told apart by tensors only, and by those formats that were tried.
 FIRST_STEP = 0.5
@@ -61,12 +64,20 @@ class _Lesson:
 
     Attributes:
         choice: int64 [units].
-        loss, doubt: measured, and how far to trust it: float64 [tensors].
+        loss: measured, float64 [tensors].
+        error: the standard error of that, float64 [tensors].
+        expected: by the estimates, float64 [tensors].
     """
 
     choice: torch.Tensor
     loss: torch.Tensor
-    doubt: torch.Tensor
+    error: torch.Tensor
+    expected: torch.Tensor
+
+    @property
+    def doubt(self) -> torch.Tensor:
+        """How far to trust the measurement: float64 [tensors]."""
+        return self.error + DOUBT * self.expected
 
 
 @dataclass(frozen=True)
@@ -184,14 +195,18 @@ class _Predictor:
             self._network = AllocatorNetwork(self._graph.features.shape[1], sizes.shape[1])
 
     def learn(self, tried: list[_Tried], steps: int) -> torch.Tensor:
-        """Train on all trials so far: how the network corrects the logarithms of costs, float64 [units, formats]."""
+        """Train on all trials so far: how to correct the logarithms of costs, float64 [units, formats].
+
+        What trials say of a tensor as a whole is taken from them as it is; the network starts from there.
+        """
         lessons = [_lesson(self._problem, self._graph, self.costs, one.choice, one.trial) for one in tried]
+        known = _known_of_tensors(lessons)
         optimizer = torch.optim.Adam(self._network.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         with track("Training the allocator", steps) as advance:
             for _ in range(steps):
-                correction = self._network(self._graph, self._log_costs)
-                loss = _error(self._corrected(correction), self._graph, lessons) + _ridge(correction)
+                correction = self._network(self._graph, self._log_costs, known)
+                loss = _error(self._corrected(known, correction), self._graph, lessons) + _ridge(correction)
                 if not torch.isfinite(loss):
                     raise NumericalError(
                         "the allocator's loss is NaN or infinite; are weights huge or all zero? try another --allocator"
@@ -202,13 +217,18 @@ class _Predictor:
                 schedule.step()
                 advance()
         with torch.no_grad():
-            correction = self._network(self._graph, self._log_costs)
-        errors = [_error(table, self._graph, lessons).item() for table in (self.costs, self._corrected(correction))]
-        logger.debug("error of the estimates %.4f, of the network %.4f", *errors)
-        return correction.of_logarithms
+            correction = self._network(self._graph, self._log_costs, known)
+        tables = (self.costs, self._corrected(known), self._corrected(known, correction))
+        errors = [_error(table, self._graph, lessons).item() for table in tables]
+        logger.debug("error of the estimates %.4f, by tensors %.4f, of the network %.4f", *errors)
+        return self._together(known, correction)
 
-    def _corrected(self, correction: Correction) -> torch.Tensor:
-        return self.costs * correction.of_logarithms.exp()
+    def _corrected(self, known: torch.Tensor, correction: Correction | None = None) -> torch.Tensor:
+        return self.costs * self._together(known, correction).exp()
+
+    def _together(self, known: torch.Tensor, correction: Correction | None) -> torch.Tensor:
+        of_units = known[self._graph.tensor_of_unit, None]
+        return of_units.expand_as(self.costs) if correction is None else of_units + correction.of_logarithms
 
 
 def _lesson(
@@ -217,8 +237,21 @@ def _lesson(
     by_linear = torch.stack([trial.losses[linear.name] for linear in problem.linears])
     by_tensor = scatter(by_linear, problem.tensor_of_linear(), dim=0, dim_size=graph.tensors)
     error = by_tensor.std(1, unbiased=False) / by_tensor.shape[1] ** 0.5
-    expected = _tensor_costs(costs, graph, choice)
-    return _Lesson(choice, by_tensor.mean(1), error + DOUBT * expected.clamp_min(1e-300))
+    return _Lesson(choice, by_tensor.mean(1), error, _tensor_costs(costs, graph, choice).clamp_min(1e-300))
+
+
+def _known_of_tensors(lessons: list[_Lesson]) -> torch.Tensor:
+    """How far the estimates of whole tensors are off, as logarithms: float64 [tensors].
+
+    The mean of all trials, each weighed by its doubt, and drawn towards zero as far as estimates are to be trusted.
+    """
+    total, weights = torch.zeros_like(lessons[0].loss), torch.full_like(lessons[0].loss, SURPRISE**-2)
+    for one in lessons:
+        ratio = (one.loss / one.expected).clamp_min(LEAST_RATIO)
+        weight = 1 / ((one.error / one.expected / ratio).square() + DOUBT**2)
+        total += weight * ratio.log()
+        weights += weight
+    return total / weights
 
 
 def _tensor_costs(costs: torch.Tensor, graph: ModelGraph, choice: torch.Tensor) -> torch.Tensor:
