@@ -168,7 +168,7 @@ def _fit(source: SourceModel, most: int, sequence_length: int) -> None:
     source.tokens_at_once = needs.tokens_within(most)
     if most < needs.least:
         logger.warning(
-            "--max-memory %s is less than a run takes: about %s with one sequence of %d tokens at a time",
+            "--max-memory %s is less than a run takes: about %s, recovery apart, one sequence of %d tokens at a time",
             *(format_size(most), format_size(needs.least), sequence_length),
         )
 
