@@ -132,7 +132,8 @@ THREADS = click.option("--threads", type=click.IntRange(1, 256), help="CPU threa
 MAX_MEMORY = click.option(
     "--max-memory",
     callback=_bytes,
-    help="Such as 8GB. Where a model does not fit several times, weights and hidden states lie in files beside OUT. "
+    help="Such as 8GB. Where a model does not fit several times, weights and hidden states lie in files beside OUT; "
+    "where it is low, fewer tokens go through the model at once. "
     "Under torchrun, of each process. [default: 80 % of what is free]",
 )
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings.")

@@ -5,8 +5,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-__all__ = ["batches", "compute_dtype", "computing_in", "multiplying_in", "pieces"]
+__all__ = ["TOKENS_AT_ONCE", "batches", "compute_dtype", "computing_in", "multiplying_in", "pieces"]
 
+# So many are quick to take through a model on the CPU; more are no quicker.
+TOKENS_AT_ONCE = 2048
 # What is made in float32 of this many numbers stays in a processor's cache.
 CACHED_NUMBERS = 1 << 18
 # Other devices have no such cache, and starting a piece takes them longer.
@@ -40,15 +42,16 @@ def multiplying_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def batches(tokens: torch.Tensor, at_once: int) -> tuple[torch.Tensor, ...]:
+def batches(tokens: torch.Tensor, at_once: int, most: int | None = None) -> tuple[torch.Tensor, ...]:
     """Whole sequences, as many as ``at_once`` tokens are, one at least.
 
-    How many follows from their length alone, and not from the memory there is: sums have the same order everywhere.
+    How many follows from what is given alone, and not from the memory there is: sums have the same order everywhere.
 
     Args:
         tokens: int64 [sequences, length].
+        most: fewer than ``at_once``, where a run was told to take less memory.
     """
-    return tokens.split(max(1, at_once // tokens.shape[1]))
+    return tokens.split(max(1, (at_once if most is None else min(at_once, most)) // tokens.shape[1]))
 
 
 def pieces(matrix: torch.Tensor) -> Iterator[slice]:

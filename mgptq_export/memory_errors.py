@@ -1,10 +1,15 @@
 """Running out of memory, which every library reports in a way of its own."""
 
 import errno
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from mgptq_runtime.errors import MgptqError, OutOfMemoryError
+
+if TYPE_CHECKING:  # commands that need no torch run without it
+    from mgptq_export.memory_needs import Needs
 
 __all__ = ["typed_memory_errors"]
 
@@ -20,8 +25,12 @@ WORDS = (
 
 
 @contextmanager
-def typed_memory_errors() -> Iterator[None]:
-    """Raise OutOfMemoryError where there is too little memory, whatever has been made of that on the way."""
+def typed_memory_errors(needs: "Needs | None" = None) -> Iterator[None]:
+    """Raise OutOfMemoryError where there is too little memory, whatever has been made of that on the way.
+
+    Args:
+        needs: of the model, where it is known, so that the message says how much would do.
+    """
     try:
         yield
     except Exception as error:
@@ -31,9 +40,26 @@ def typed_memory_errors() -> Iterator[None]:
         text = str(cause).strip()
         raise OutOfMemoryError(
             f"there is too little memory ({text.splitlines()[0] if text else 'no details'}); free some and go on with "
-            "--resume, with a lower --max-memory where weights were not in files yet; or start anew with a text as "
-            "--calibration, a lower --sequence-length or without recovery (--recovery-steps 0)"
+            f"--resume{_what_fits(needs)}"
         ) from error
+
+
+def _what_fits(needs: "Needs | None") -> str:
+    if needs is None:
+        return (
+            ", with a lower --max-memory where weights were not in files yet; or start anew with a text as "
+            "--calibration, a lower --sequence-length or without recovery (--recovery-steps 0)"
+        )
+    return (
+        f": with --max-memory {_megabytes(needs.full)} weights lie in files, and the "
+        f"rest takes about so much, recovery apart; or start anew with --recovery-steps 0 and --max-memory "
+        f"{_megabytes(needs.least)}, which takes one sequence of {needs.length} tokens at a time, "
+        f"{_megabytes(needs.factor)} of it the largest Hessian's factor, or with a lower --sequence-length"
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{math.ceil(size / 1e6)}MB"
 
 
 def _is_about_memory(error: BaseException | None) -> bool:

@@ -137,6 +137,7 @@ def _manifest(solved: Sequence[Solved], targets: Sequence[str]) -> dict[str, Any
         "threads": solved[0].made_with.get("threads", torch.get_num_threads()),
         "calibration_sequences": solved[0].made_with.get("calibration_sequences"),
         "calibration_sha256": solved[0].made_with.get("calibration_sha256"),
+        "tokens_at_once": solved[0].made_with.get("tokens_at_once"),
         "versions": versions(),
         "check": {
             "bounds": {name: asdict(bounds) for name, bounds in DEFAULT_BOUNDS.items()},

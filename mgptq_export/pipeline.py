@@ -4,7 +4,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from mgptq_export.layouts import LAYOUTS, Calibration, Layout
 from mgptq_export.manifest import read_manifest, verify_files
 from mgptq_export.memory import IN_MEMORY, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
+from mgptq_export.memory_needs import needs_of
 from mgptq_export.models import SourceModel, check_local, count_model_weights, load_quantized_weights, load_source
 from mgptq_export.output import UnfinishedRun, new_folder, unfinished_run
 from mgptq_export.packaging import complete, runs_on_backends, versions, write_targets
@@ -34,6 +35,7 @@ from mgptq_export.planning import bits_for_size
 from mgptq_export.quantize import calibrate, check_budget, quantize
 from mgptq_export.recipe import Recipe
 from mgptq_export.recovery import recover
+from mgptq_export.sizes import format_size
 from mgptq_export.solved import Solved, read_solved, save_solved, top_folder
 from mgptq_export.targets import TARGETS, target_named
 from mgptq_runtime.backends import Backend
@@ -51,6 +53,7 @@ __all__ = [
     "load_original",
     "make_package",
     "measure",
+    "memory_errors_of",
     "package_stages",
     "run",
     "text_windows",
@@ -115,12 +118,15 @@ def run(
         joined(device) as world,
         _under_way(model, out, overwrite, resume, world) as under_way,
         typed_memory_errors(),
+        ExitStack() as memory_errors,
     ):
         folder, journal = under_way.folder, under_way.journal
         written, measured = targets if export_targets else [], text is not None and world.is_first
         to_come = package_stages({layout.name: recipe for layout in layouts}, written, measured, journal)
         with stages(["load", "calibrate", *to_come]):
-            source = load_original(model, targets, folder.parent, device, max_memory, trust_remote_code, world)
+            loaded = partial(load_original, model, targets, folder.parent, device, max_memory, trust_remote_code)
+            source = loaded(recipe.sequence_length, world)
+            memory_errors.enter_context(memory_errors_of(source, recipe))
             recipes = _layout_recipes(source, recipe, targets)
             for layout in layouts:
                 check_budget(source, recipes[layout.name], layout)
@@ -150,6 +156,23 @@ def _under_way(model: str, out: Path, overwrite: bool, resume: bool, world: Worl
         yield UnfinishedRun(out.resolve(), world.shared(FORGETFUL), resumed=False, _identity=FORGETFUL)
 
 
+def memory_errors_of(source: SourceModel, recipe: Recipe) -> AbstractContextManager[None]:
+    """Running out of memory, told with what this model takes, which is known of the CPU only."""
+    on_cpu = source.model.device.type == "cpu"
+    return typed_memory_errors(needs_of(source, recipe.sequence_length) if on_cpu else None)
+
+
+def _fit(source: SourceModel, most: int, sequence_length: int) -> None:
+    """Let a model take fewer tokens at once where ``most`` bytes are few."""
+    needs = needs_of(source, sequence_length)
+    source.tokens_at_once = needs.tokens_within(most)
+    if most < needs.least:
+        logger.warning(
+            "--max-memory %s is less than a run takes: about %s, recovery apart, one sequence of %d tokens at a time",
+            *(format_size(most), format_size(needs.least), sequence_length),
+        )
+
+
 @stage("load", brief=True)
 def load_original(
     model: str,
@@ -158,12 +181,14 @@ def load_original(
     device: str,
     max_memory: int | None,
     trust_remote_code: bool,
+    sequence_length: int,
     world: World = ALONE,
 ) -> SourceModel:
     """Load the model to quantize, whose configuration every target can hold.
 
     Args:
         files: a folder for what does not fit into ``max_memory``; the others are as for :func:`run`.
+        sequence_length: of what it will be calibrated on.
         world: who works on it; the first rank fetches it from the hub before the others look for it.
     """
     weights = world.from_first(partial(count_model_weights, model))
@@ -171,6 +196,8 @@ def load_original(
     memory = memory_for(weights, files, max_memory, launched().local_size) if on_cpu else IN_MEMORY
     source = load_source(model, device=device, trust_remote_code=trust_remote_code, memory=memory)
     source.world = world
+    if memory.is_paged and max_memory is not None:
+        _fit(source, max_memory, sequence_length)
     for target in targets:
         target_named(target).check_config(source.model.config)
     return source
@@ -457,6 +484,7 @@ def identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dic
         "recipe": recipe.to_json(),
         "targets": list(targets),
         "threads": torch.get_num_threads(),
+        "max_memory": {"tokens_at_once": source.tokens_at_once},
         "device": str(source.model.device),
         "processes": source.world.size,
         "versions": versions(),

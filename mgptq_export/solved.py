@@ -40,7 +40,8 @@ class Solved:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """``threads``, ``calibration_sequences`` and ``calibration_sha256``, None where that was no text file.
+        """``threads``, ``calibration_sequences``, ``calibration_sha256``, None where that was no text file, and
+        ``tokens_at_once``, None where no ``--max-memory`` made them fewer.
 
         Older checkpoints lack some.
         """
@@ -79,6 +80,7 @@ def save_solved(
             "threads": torch.get_num_threads(),
             "calibration_sequences": len(tokens),
             "calibration_sha256": calibration_sha256(recipe),
+            "tokens_at_once": source.tokens_at_once,
         },
         tokenizer_folder=source.tokenizer_folder,
     )

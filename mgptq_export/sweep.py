@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,10 +103,16 @@ def sweep(
     for path in against:
         if not path.is_file():
             raise BadInputError(f"{path} is no file; give GGUF files to compare with")
-    with unfinished_run(out, overwrite=overwrite, resume=resume) as under_way, typed_memory_errors():
+    with (
+        unfinished_run(out, overwrite=overwrite, resume=resume) as under_way,
+        typed_memory_errors(),
+        ExitStack() as memory_errors,
+    ):
         folder, journal = under_way.folder, under_way.journal
         with stages(_stages(recipes, against, targets, journal)):
-            source = pipeline.load_original(model, targets, folder.parent, device, max_memory, trust_remote_code)
+            loaded = partial(pipeline.load_original, model, targets, folder.parent, device, max_memory)
+            source = loaded(trust_remote_code, recipe.sequence_length)
+            memory_errors.enter_context(pipeline.memory_errors_of(source, recipe))
             for one in recipes.values():
                 for layout in layouts:
                     check_budget(source, one, layout)

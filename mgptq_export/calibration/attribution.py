@@ -17,6 +17,7 @@ from mgptq_runtime.progress import track
 
 __all__ = ["Attribution", "attribute"]
 
+# A token takes about twice the memory on the way back.
 TOKENS_AT_ONCE = 1024
 
 
@@ -51,7 +52,7 @@ def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tenso
     dtype = compute_dtype(device)
     names = [name for group in quantized.groups() for name in group.modules]
     losses = torch.zeros(len(names), len(tokens), dtype=torch.float64)
-    parts = batches(tokens, TOKENS_AT_ONCE)
+    parts = batches(tokens, TOKENS_AT_ONCE, quantized.tokens_at_once and quantized.tokens_at_once // 2)
     divergences = torch.zeros(len(parts), dtype=torch.float64)
     pairs = zip(parts, losses.split(len(parts[0]), dim=1), strict=True)
     heads = (original.head_in(dtype), quantized.head_in(dtype))

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mgptq_export.compute import batches, compute_dtype, computing_in, multiplying_in
+from mgptq_export.compute import TOKENS_AT_ONCE, batches, compute_dtype, computing_in, multiplying_in
 from mgptq_export.distributed import ALONE, World
 from mgptq_export.hooks import hooked
 from mgptq_export.memory import IN_MEMORY, Memory
 from mgptq_export.models import SourceModel
 
 __all__ = ["HessianAccumulator", "LayerFlow", "StopForward"]
-
-TOKENS_AT_ONCE = 2048
 
 
 class HessianAccumulator:
@@ -117,7 +115,7 @@ class LayerFlow:
             raise StopForward
 
         with hooked([self.source.layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
-            for batch in batches(tokens, TOKENS_AT_ONCE):
+            for batch in batches(tokens, TOKENS_AT_ONCE, self.source.tokens_at_once):
                 with suppress(StopForward):
                     self.source.model.model(batch.to(self.source.model.device), use_cache=False)
         return states

@@ -30,11 +30,24 @@ def backward_through_head(
     Returns:
         the loss.
     """
+    # Logits are gone before the way back through the layers, which needs that room.
+    total, gradient = _through_head(hidden.detach(), head, loss_of, reference)
+    hidden.backward(gradient)
+    return total
+
+
+def _through_head(
+    hidden: torch.Tensor,
+    head: nn.Linear,
+    loss_of: Callable[..., torch.Tensor],
+    reference: tuple[torch.Tensor, nn.Linear] | None,
+) -> tuple[float, torch.Tensor]:
+    """The loss and its gradient in ``hidden``."""
     total, gradient = 0.0, torch.empty_like(hidden)
     at_once = max(1, LOGITS_AT_ONCE // head.out_features)
     for start in range(0, len(hidden), at_once):
         span = slice(start, start + at_once)
-        read = hidden[span].detach().requires_grad_(True)
+        read = hidden[span].requires_grad_(True)
         logits = head(read)
         with torch.no_grad():
             others = [] if reference is None else [reference[1](reference[0][span])]
@@ -43,8 +56,7 @@ def backward_through_head(
         assert read.grad is not None
         gradient[span] = read.grad
         total += loss
-    hidden.backward(gradient)
-    return total
+    return total, gradient
 
 
 def _loss_and_gradient(

@@ -61,6 +61,7 @@ class SourceModel:
         memory: keeps the weights, and what is as large.
         origin: ``source`` by name, ``base_model`` on the hub and the license, where known.
         world: the processes that work on it together, each with all of its weights.
+        tokens_at_once: that go through it; None for as many as are quick.
     """
 
     name: str
@@ -73,6 +74,7 @@ class SourceModel:
     memory: Memory = IN_MEMORY
     origin: Mapping[str, str] = field(default_factory=dict)
     world: World = ALONE
+    tokens_at_once: int | None = None
     _temporary: TemporaryDirectory | None = None
 
     def copy(self) -> "SourceModel":

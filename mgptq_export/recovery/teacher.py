@@ -2,13 +2,11 @@
 
 import torch
 
-from mgptq_export.compute import batches, computing_in
+from mgptq_export.compute import TOKENS_AT_ONCE, batches, computing_in
 from mgptq_export.models import SourceModel
 from mgptq_runtime.progress import track
 
 __all__ = ["Teacher"]
-
-TOKENS_AT_ONCE = 2048
 
 
 class Teacher:
@@ -21,7 +19,7 @@ class Teacher:
 
     def __init__(self, original: SourceModel, tokens: torch.Tensor, dtype: torch.dtype) -> None:
         model = original.model
-        parts = batches(tokens, TOKENS_AT_ONCE)
+        parts = batches(tokens, TOKENS_AT_ONCE, original.tokens_at_once)
         states = []
         with (
             torch.no_grad(),

@@ -5,7 +5,7 @@ from mgptq_export.solver.blockwise import (
     pack_linear,
     solve_blockwise,
 )
-from mgptq_export.solver.factor import InverseFactor, factorize
+from mgptq_export.solver.factor import InverseFactor, factor_bytes, factorize
 from mgptq_export.solver.grids import Grid, grid_of
 from mgptq_export.solver.scales import search_scales
 from mgptq_export.solver.tensor import (
@@ -23,6 +23,7 @@ __all__ = [
     "InverseFactor",
     "TensorSolution",
     "best_rows",
+    "factor_bytes",
     "factorize",
     "grid_of",
     "pack_linear",

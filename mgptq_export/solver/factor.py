@@ -9,7 +9,7 @@ import torch
 from mgptq_export.compute import pieces
 from mgptq_runtime.errors import NumericalError
 
-__all__ = ["InverseFactor", "factorize"]
+__all__ = ["InverseFactor", "factor_bytes", "factorize"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,11 @@ def factorize(hessian: torch.Tensor, permutation: torch.Tensor, damping: float, 
         f"{name}: the Hessian is not positive definite even with damping {damping / 10:g}; "
         "use more calibration text (--samples) or check the model"
     )
+
+
+def factor_bytes(columns: int) -> int:
+    """What :func:`factorize` holds at most: the factor, and in float32 what it came of in float64."""
+    return columns**2 * (8 + 4 if columns <= DOUBLE_COLUMNS else 4)
 
 
 def _is_finite(matrix: torch.Tensor) -> bool:

@@ -1,6 +1,7 @@
 """What calibration measures, against plain NumPy and plain autograd, which are trusted."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -331,6 +332,16 @@ def test_logits_are_in_float32_for_a_few_positions_at_a_time_which_changes_no_gr
     assert found[0][2] == [20] and found[1][2] == [7, 7, 6]
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert torch.equal(found[1][1], found[0][1])
+
+
+def test_logits_are_gone_before_the_way_back_through_the_layers():
+    head = torch.nn.Linear(6, 50, bias=False).requires_grad_(False)
+    made, left = [], []
+    head.register_forward_hook(lambda module, inputs, logits: made.append(weakref.ref(logits)))
+    hidden = torch.randn(20, 6, generator=generator()).requires_grad_(True)
+    hidden.register_hook(lambda gradient: left.append([logits() for logits in made]))
+    backward_through_head(hidden * 1, head, lambda logits: logits.square().sum())
+    assert left == [[None]]
 
 
 def test_logits_are_held_for_a_few_positions_at_a_time_which_changes_nothing(source, tokens, monkeypatch):

@@ -11,15 +11,19 @@ import torch
 
 from mgptq_export import memory as memory_module
 from mgptq_export import pipeline
-from mgptq_export.calibration import DriftFlow
+from mgptq_export.calibration import DriftFlow, LayerFlow
 from mgptq_export.compute import batches
 from mgptq_export.memory import IN_MEMORY, Memory, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
+from mgptq_export.memory_needs import LIBRARIES, Needs, needs_of
 from mgptq_export.models import load_source
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BadInputError, OutOfMemoryError, UnsupportedModelError
 
 RECIPE = Recipe(samples=8, sequence_length=32, sensitivity_samples=4, trials=2, training_steps=5, recovery_steps=2)
+# Too little for the least model in memory, and enough for as many tokens at once as are quick.
+ROOMY = 900_000_000
+NEEDS = Needs(layer=100_000_000, factor=200_000_000, token=400_000, length=512)
 
 
 @pytest.fixture
@@ -115,10 +119,51 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_in_files_gives_the_same_bytes(even_model, tmp_path):
-    for name, most in (("in-memory", None), ("in-files", 1)):
+    for name, most in (("in-memory", None), ("in-files", ROOMY)):
         pipeline.run(str(even_model), tmp_path / name, RECIPE, ["container", "llama.cpp"], max_memory=most)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in-files", "in-memory"]
     assert contents(tmp_path / "in-files") == contents(tmp_path / "in-memory")
+
+
+def test_a_low_limit_takes_fewer_tokens_at_once_which_the_manifest_says_and_a_rerun_repeats(even_model, tmp_path):
+    for name in ("once", "again"):
+        manifest = pipeline.run(str(even_model), tmp_path / name, RECIPE, ["container"], max_memory=1)
+        assert manifest["tokens_at_once"] == RECIPE.sequence_length
+    assert contents(tmp_path / "once") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize(("most", "sequences"), [(None, [8]), (ROOMY, [8]), (1, [1] * 8)])
+def test_a_limit_says_how_many_tokens_go_through_the_model_at_once(even_model, tmp_path, most, sequences):
+    source = pipeline.load_original(str(even_model), [], tmp_path, "cpu", most, False, 32)
+    states = LayerFlow(source.copy(), torch.zeros(8, 32, dtype=torch.int64)).states
+    assert [len(state) for state in states] == sequences
+
+
+@pytest.mark.parametrize(
+    ("most", "tokens"),
+    [(NEEDS.full, None), (NEEDS.full - 1, 1536), (NEEDS.least, 512), (NEEDS.least - 1, 512), (1, 512)],
+)
+def test_tokens_at_once_are_whole_sequences_that_fit_one_at_least(most, tokens):
+    assert NEEDS.tokens_within(most) == tokens
+
+
+def test_a_limit_that_is_too_low_is_told_with_one_that_is_not(even_model, tmp_path, caplog):
+    pipeline.load_original(str(even_model), [], tmp_path, "cpu", 10_000_000, False, 32)
+    assert "--max-memory 10.00 MB is less than a run takes: about 6" in caplog.text
+    caplog.clear()
+    pipeline.load_original(str(even_model), [], tmp_path, "cpu", ROOMY, False, 32)
+    assert not caplog.text
+
+
+def test_what_a_model_takes_is_said_where_memory_ran_out(even_model):
+    needs = needs_of(load_source(str(even_model)), 32)
+    assert needs.least == needs.full > needs.layer + needs.factor + LIBRARIES  # so narrow that tokens do not count
+    said = r"--max-memory \d+MB weights lie.* start anew.* --max-memory \d+MB"
+    with pytest.raises(OutOfMemoryError, match=said), typed_memory_errors(needs):
+        raise MemoryError
+    said = "--max-memory 900MB, which takes one sequence of 512 tokens"
+    with pytest.raises(OutOfMemoryError, match=said), typed_memory_errors(), typed_memory_errors(NEEDS):
+        raise MemoryError
 
 
 def test_a_full_disk_is_an_error_and_no_crash(even_model, tmp_path, monkeypatch):

@@ -165,9 +165,9 @@ def test_a_resumed_run_must_be_the_same_and_the_difference_is_named(model, text_
     before = contents(stopped.parent)
     recipe = replace(LONG, calibration=str(text_file))
 
-    def refused(what: str, model: Path = model, recipe=recipe, targets=("container",)) -> None:
+    def refused(what: str, model: Path = model, recipe=recipe, targets=("container",), most: int | None = None) -> None:
         with pytest.raises(OutputExistsError, match=what):
-            pipeline.run(str(model), stopped, recipe, list(targets), resume=True)
+            pipeline.run(str(model), stopped, recipe, list(targets), resume=True, max_memory=most)
         assert contents(stopped.parent) == before
 
     refused(
@@ -177,6 +177,7 @@ def test_a_resumed_run_must_be_the_same_and_the_difference_is_named(model, text_
     other = model.parent / "other"
     write_llama(other, hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, seed=5)
     refused(r"model\.weights was", model=other)
+    refused(rf"max_memory\.tokens_at_once was None and is {recipe.sequence_length}\.", most=1)
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "versions", lambda: {"torch": "9.9"})
         refused(r"versions\.torch was '2.* and is '9\.9'")
