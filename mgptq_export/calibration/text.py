@@ -169,7 +169,7 @@ def _continued(
     ended = [token for token in ended if 0 <= token < model.config.vocab_size]
     cache = cache_for(model, length)
     for _ in range(length - 1):
-        output = model(tokens[:, -1:].to(model.device), past_key_values=cache, use_cache=True)
+        output = model(tokens[:, -1:].to(model.device), cache=cache, use_cache=True)
         logits = output.logits[:, -1].float().cpu()
         if not torch.isfinite(logits).all():
             raise NumericalError("the model's logits are NaN or infinite on text of its own; check the model")

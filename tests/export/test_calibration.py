@@ -179,7 +179,7 @@ def test_keys_and_values_are_those_of_the_models_own_cache(family):
     roomy, own = cache_for(model, 24), DynamicCache(config=model.config)
     for step in torch.arange(72).view(3, 24).split([5, *[1] * 19], dim=1):
         with torch.no_grad():
-            found, expected = (model(step, past_key_values=cache).logits for cache in (roomy, own))
+            found, expected = (model(step, cache=cache).logits for cache in (roomy, own))
         assert torch.equal(found, expected)
     pairs = list(zip(roomy.layers, own.layers, strict=True))
     assert any(type(a) is not type(b) for a, b in pairs)
