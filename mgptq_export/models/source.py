@@ -28,6 +28,7 @@ from mgptq_export.models.origin import origin_of_folder, origin_of_gguf
 from mgptq_export.models.weight_files import count_weights, read_weights
 from mgptq_runtime.errors import BadInputError, NumericalError, UnsupportedModelError
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, Segment
+from mgptq_runtime.signals import signals_held_back
 from mgptq_runtime.tokenizer import parse_tokenizer
 
 __all__ = [
@@ -377,10 +378,10 @@ def _shape_of(config: Mapping[str, Any], path: Path, trust_remote_code: bool) ->
     Args:
         path: of the model, whose code is taken if it is trusted.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
-        with torch.device("meta"):
+        with signals_held_back(), torch.device("meta"):
+            from transformers import AutoModelForCausalLM
+
             return AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(**config, name_or_path=str(path)), trust_remote_code=trust_remote_code
             )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-__all__ = ["exit_at_once", "exit_on_signals", "ignore_signals", "released_on_the_way_out"]
+__all__ = ["exit_at_once", "exit_on_signals", "ignore_signals", "released_on_the_way_out", "signals_held_back"]
 
 # Windows has no SIGHUP.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -42,6 +42,22 @@ def exit_at_once() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Let signals wait until the block ends: for short work whose libraries make errors of their own of SystemExit."""
+    ours = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) in (_exit, _exit_silently)}
+    waiting: list[int] = []
+    try:
+        for number in ours:
+            signal.signal(number, lambda signum, frame: waiting.append(signum))
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        if waiting:
+            ours[waiting[0]](waiting[0], None)  # type: ignore[operator]
 
 
 @contextmanager

@@ -159,6 +159,23 @@ def test_a_signal_ends_a_command_with_its_code(folder, number, code):
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "interrupted\n")
 
 
+def test_a_signal_waits_for_work_that_would_swallow_it():
+    script = (
+        "import os, signal\n"
+        "from mgptq_runtime.signals import exit_on_signals, signals_held_back\n"
+        "exit_on_signals()\n"
+        "with signals_held_back():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        print('still here')\n"
+        "    except BaseException:\n"
+        "        print('swallowed')\n"
+        "print('too far')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "still here\n", "interrupted\n")
+
+
 def test_a_hangup_that_is_ignored_already_stays_ignored():
     script = (
         "import os, signal\n"
