@@ -203,6 +203,7 @@ METHOD = _options(
         show_default=True,
         help="Share of what quantized layers have changed that the linears after them make up for.",
     ),
+    _count("--descent-sweeps", 0, "How often codes and scales are chosen again when all are known; 4 settle most."),
     _count(
         "--recovery-steps",
         0,

@@ -38,6 +38,7 @@ class Recipe:
     damping: of the Hessians, relative to the mean of their diagonal.
     drift_correction: share of what the quantized layers before it have changed that every linear makes up for, 0 to 1;
         less where the text is short.
+    descent_sweeps: how often codes and scales are chosen again once all are known, in container and ONNX.
     seed: of everything random.
     trials: quantizations of the whole model that the allocator network learns from.
     training_steps: of the network, after every trial but the last.
@@ -58,6 +59,7 @@ class Recipe:
     sensitivity_samples: int = 8
     damping: float = 0.01
     drift_correction: float = 0.5
+    descent_sweeps: int = 0
     seed: int = 0
     trials: int = 5
     training_steps: int = 60
@@ -75,7 +77,7 @@ class Recipe:
         for name in ("samples", "sequence_length", "sensitivity_samples", "trials"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}, must be at least 1")
-        for name in ("own_samples", "recovery_steps"):
+        for name in ("own_samples", "descent_sweeps", "recovery_steps"):
             if getattr(self, name) < 0:
                 raise BadInputError(f"{name} is {getattr(self, name)}, must be 0 or more")
         if self.recovery_minutes is not None and not 0 < self.recovery_minutes < math.inf:

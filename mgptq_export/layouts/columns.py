@@ -19,7 +19,7 @@ from mgptq_export.layouts.base import (
 )
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
-from mgptq_export.solver import factorize, pack_linear, solve_blockwise
+from mgptq_export.solver import descend, factorize, pack_linear, solve_blockwise
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, permutation_dtype
@@ -105,7 +105,9 @@ class ColumnLayout:
                 spans[name] = slice(start, start + len(weight))
                 start += len(weight)
             rows_and_formats = [(rows, allocated.formats[name]) for name, rows in spans.items()]
-            solution = solve_blockwise(torch.cat(list(weights.values()))[:, order], factor.upper, rows_and_formats)
+            stacked = torch.cat(list(weights.values()))[:, order]
+            solution = solve_blockwise(stacked, factor.upper, rows_and_formats)
+            descend(solution, stacked, hessian, order, factor, rows_and_formats, recipe.descent_sweeps)
             return [
                 pack_linear(
                     name,
@@ -136,7 +138,9 @@ class ColumnLayout:
         formats = [self.embedding_format(recipe, columns)] * (padded_columns(columns) // BLOCK_COLUMNS)
 
         def solved(part: torch.Tensor) -> QuantizedLinear:
-            solution = solve_blockwise(part, factor.upper, [(slice(0, len(part)), formats)])
+            rows_and_formats = [(slice(0, len(part)), formats)]
+            solution = solve_blockwise(part, factor.upper, rows_and_formats)
+            descend(solution, part, hessian, natural, factor, rows_and_formats, recipe.descent_sweeps)
             return pack_linear(name, solution.values, solution.scales, formats, columns, None)
 
         return by_rows(weight, solved)

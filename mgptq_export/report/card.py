@@ -26,6 +26,7 @@ OPTIONS = {
     "ggml_types": "--ggml-types",
     "trials": "--trials",
     "drift_correction": "--drift-correction",
+    "descent_sweeps": "--descent-sweeps",
     "recovery_steps": "--recovery-steps",
 }
 

@@ -5,6 +5,7 @@ from mgptq_export.solver.blockwise import (
     pack_linear,
     solve_blockwise,
 )
+from mgptq_export.solver.descent import descend
 from mgptq_export.solver.factor import InverseFactor, factor_bytes, factorize
 from mgptq_export.solver.grids import Grid, grid_of
 from mgptq_export.solver.scales import search_scales
@@ -23,6 +24,7 @@ __all__ = [
     "InverseFactor",
     "TensorSolution",
     "best_rows",
+    "descend",
     "factor_bytes",
     "factorize",
     "grid_of",

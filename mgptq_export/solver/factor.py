@@ -24,12 +24,14 @@ class InverseFactor:
     """Attributes:
     upper: float32 [columns, columns], ``U`` with ``inv(H) = U^T U``, columns in the permuted order.
     damping: what was added to the diagonal, relative to its mean.
+    diagonal: float32 [columns], the Hessian's with what was added, permuted.
     attempts: 1, or more where the Hessian was not positive definite with less damping.
     dead: bool [columns], columns whose input was always zero.
     """
 
     upper: torch.Tensor
     damping: float
+    diagonal: torch.Tensor
     attempts: int
     dead: torch.Tensor
 
@@ -63,7 +65,7 @@ def factorize(hessian: torch.Tensor, permutation: torch.Tensor, damping: float, 
         if upper is not None:
             if attempt > 1:
                 logger.warning("%s: Hessian not positive definite, damping raised to %g", name, damping)
-            return InverseFactor(upper.float(), damping, attempt, dead)
+            return InverseFactor(upper.float(), damping, (diagonal + damping * mean).float(), attempt, dead)
         damping = max(damping, 1e-4) * 10
     raise NumericalError(
         f"{name}: the Hessian is not positive definite even with damping {damping / 10:g}; "

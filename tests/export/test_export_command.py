@@ -81,7 +81,7 @@ def test_options_reach_the_recipe(even_model, tmp_path, text_file):
         (["--fast", "--trials", 7, "--samples", Recipe.samples], FAST | {"trials": 7, "samples": Recipe.samples}),
         (["--recover", 2.5], {"recovery_minutes": 2.5, "samples": Recipe.samples}),
         (["--recovery-steps", 9, "--trials", 1], {"recovery_steps": 9, "trials": 1}),
-        (["--drift-correction", 0], {"drift_correction": 0.0}),
+        (["--drift-correction", 0, "--descent-sweeps", 3], {"drift_correction": 0.0, "descent_sweeps": 3}),
     ],
 )
 def test_how_long_it_may_take_reaches_the_recipe(monkeypatch, options, wanted):

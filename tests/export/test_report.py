@@ -244,7 +244,7 @@ def test_a_broken_card_of_the_original_is_no_error(even_model, tmp_path, card):
     [
         Recipe(),
         Recipe(bits=3.1, samples=9, seed=4, allocator="hessian", ggml_types=("q2_0", "q4_0")),
-        Recipe(size=50_000_000, embedding_format="b8", recovery_steps=0, drift_correction=0.25),
+        Recipe(size=50_000_000, embedding_format="b8", recovery_steps=0, drift_correction=0.25, descent_sweeps=1),
         Recipe(**FAST),
         Recipe(**(FAST | {"samples": 20})),
     ],
