@@ -243,7 +243,8 @@ def _lesson(
 def _known_of_tensors(lessons: list[_Lesson]) -> torch.Tensor:
     """How far the estimates of whole tensors are off, as logarithms: float64 [tensors].
 
-    The mean of all trials, each weighed by its doubt, and drawn towards zero as far as estimates are to be trusted.
+    The mean of all trials, each weighed by its standard error and :data:`DOUBT`, and drawn towards zero as far as
+    estimates are to be trusted.
     """
     total, weights = torch.zeros_like(lessons[0].loss), torch.full_like(lessons[0].loss, SURPRISE**-2)
     for one in lessons:

@@ -39,6 +39,8 @@ def descend(
         formats: for each linear its rows and the format of every block.
         sweeps: how often to pass over all blocks.
     """
+    if not sweeps:
+        return
     columns = weight.shape[1]
     spans = [slice(start, min(start + BLOCK_COLUMNS, columns)) for start in range(0, columns, BLOCK_COLUMNS)]
     error = torch.empty_like(weight)
