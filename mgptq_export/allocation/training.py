@@ -201,12 +201,14 @@ class _Predictor:
         """
         lessons = [_lesson(self._problem, self._graph, self.costs, one.choice, one.trial) for one in tried]
         known = _known_of_tensors(lessons)
+        start = known[self._graph.tensor_of_unit, None]
         optimizer = torch.optim.Adam(self._network.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         with track("Training the allocator", steps) as advance:
             for _ in range(steps):
                 correction = self._network(self._graph, self._log_costs, known)
-                loss = _error(self._corrected(known, correction), self._graph, lessons) + _ridge(correction)
+                corrected = self._corrected(start + correction.of_logarithms)
+                loss = _error(corrected, self._graph, lessons) + _ridge(correction)
                 if not torch.isfinite(loss):
                     raise NumericalError(
                         "the allocator's loss is NaN or infinite; are weights huge or all zero? try another --allocator"
@@ -217,18 +219,14 @@ class _Predictor:
                 schedule.step()
                 advance()
         with torch.no_grad():
-            correction = self._network(self._graph, self._log_costs, known)
-        tables = (self.costs, self._corrected(known), self._corrected(known, correction))
+            learnt = start + self._network(self._graph, self._log_costs, known).of_logarithms
+        tables = (self.costs, self._corrected(start), self._corrected(learnt))
         errors = [_error(table, self._graph, lessons).item() for table in tables]
         logger.debug("error of the estimates %.4f, by tensors %.4f, of the network %.4f", *errors)
-        return self._together(known, correction)
+        return learnt
 
-    def _corrected(self, known: torch.Tensor, correction: Correction | None = None) -> torch.Tensor:
-        return self.costs * self._together(known, correction).exp()
-
-    def _together(self, known: torch.Tensor, correction: Correction | None) -> torch.Tensor:
-        of_units = known[self._graph.tensor_of_unit, None]
-        return of_units.expand_as(self.costs) if correction is None else of_units + correction.of_logarithms
+    def _corrected(self, logarithms: torch.Tensor) -> torch.Tensor:
+        return self.costs * logarithms.exp()
 
 
 def _lesson(

@@ -1,6 +1,6 @@
 """The column layout, of container and ONNX: permuted columns, every 64-column block in a format of its own."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from mgptq_export.layouts.base import (
 )
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
-from mgptq_export.solver import descend, factorize, pack_linear, solve_blockwise
+from mgptq_export.solver import BlockwiseSolution, InverseFactor, descend, factorize, pack_linear, solve_blockwise
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, permutation_dtype
@@ -106,8 +106,7 @@ class ColumnLayout:
                 start += len(weight)
             rows_and_formats = [(rows, allocated.formats[name]) for name, rows in spans.items()]
             stacked = torch.cat(list(weights.values()))[:, order]
-            solution = solve_blockwise(stacked, factor.upper, rows_and_formats)
-            descend(solution, stacked, hessian, order, factor, rows_and_formats, recipe.descent_sweeps)
+            solution = _solution(stacked, hessian, order, factor, rows_and_formats, recipe)
             return [
                 pack_linear(
                     name,
@@ -138,12 +137,24 @@ class ColumnLayout:
         formats = [self.embedding_format(recipe, columns)] * (padded_columns(columns) // BLOCK_COLUMNS)
 
         def solved(part: torch.Tensor) -> QuantizedLinear:
-            rows_and_formats = [(slice(0, len(part)), formats)]
-            solution = solve_blockwise(part, factor.upper, rows_and_formats)
-            descend(solution, part, hessian, natural, factor, rows_and_formats, recipe.descent_sweeps)
+            solution = _solution(part, hessian, natural, factor, [(slice(0, len(part)), formats)], recipe)
             return pack_linear(name, solution.values, solution.scales, formats, columns, None)
 
         return by_rows(weight, solved)
+
+
+def _solution(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    order: torch.Tensor,
+    factor: InverseFactor,
+    formats: Sequence[tuple[slice, Sequence[str]]],
+    recipe: Recipe,
+) -> BlockwiseSolution:
+    """GPTQ's, and what the recipe's sweeps make of it; arguments as for :func:`descend`."""
+    solution = solve_blockwise(weight, factor.upper, formats)
+    descend(solution, weight, hessian, order, factor, formats, recipe.descent_sweeps)
+    return solution
 
 
 def by_rows(weight: torch.Tensor, solve: Callable[[torch.Tensor], QuantizedLinear]) -> QuantizedLinear:
