@@ -15,6 +15,7 @@ FAST: dict[str, Any] = {
     "samples": 16,
     "own_samples": 0,
     "drift_correction": 0.0,
+    "descent_sweeps": 0,
     "trials": 2,
     "training_steps": 40,
     "recovery_steps": 15,
@@ -59,7 +60,7 @@ class Recipe:
     sensitivity_samples: int = 8
     damping: float = 0.01
     drift_correction: float = 0.5
-    descent_sweeps: int = 0
+    descent_sweeps: int = 4
     seed: int = 0
     trials: int = 5
     training_steps: int = 60

@@ -26,7 +26,8 @@ __all__ = ["Recovered", "recover"]
 logger = logging.getLogger(__name__)
 
 WARM_UP_SHARE = 0.05
-CHECKED_BATCHES = 4
+# On how many batches it is checked that recovery helps: one for so many steps, and no more than this.
+STEPS_PER_CHECKED_BATCH, CHECKED_BATCHES = 8, 4
 KEPT_EVERY = 10
 # In nats per token. Below it steps are shorter: where little is lost, as at 4 bits, long ones lose more.
 LOSS_AT_FULL_RATE = 0.5
@@ -104,7 +105,7 @@ def recover(
         chosen, batches = _draw(len(tokens), steps, per_step, seed, world)
         tokens = tokens[chosen].to(source.model.device)
         losses = _Losses(student, Teacher(original, tokens, dtype), tokens, per_step)
-        checked = batches[:CHECKED_BATCHES]
+        checked = batches[: min(CHECKED_BATCHES, max(1, steps // STEPS_PER_CHECKED_BATCH))]
         before = losses.mean(checked)
         divergences = _train(student, losses, batches, learning_rate * _share_of_rate(before), journal)
         student.round()
