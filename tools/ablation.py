@@ -217,6 +217,29 @@ def _spread(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def read_results(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """The rows that a file holds, by key; none where there is no file yet.
+
+    Raises:
+        click.UsageError: they were measured with other defaults than ``recipe``.
+    """
+    if not path.exists():
+        return {}
+    held, now = json.loads(path.read_text()), recipe.to_json()
+    then = held["recipe"]
+    changed = [
+        f"{name} {then.get(name)}, now {now.get(name)}" for name in {**then, **now} if then.get(name) != now.get(name)
+    ]
+    if changed:
+        raise click.UsageError(f"{path} holds rows of another recipe ({', '.join(changed)}); give another -o")
+    return held["rows"]
+
+
+def write_results(path: Path, recipe: Recipe, results: Mapping[str, Any]) -> None:
+    """Keep rows with the defaults that they were measured with."""
+    path.write_text(json.dumps({"recipe": recipe.to_json(), "rows": results}, indent=1) + "\n")
+
+
 def named_files(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
     """NAME=FILE options as a mapping."""
     pairs = [value.partition("=") for value in values]
@@ -232,6 +255,7 @@ def named_files(context: click.Context, parameter: click.Parameter, values: tupl
 @click.option("--windows", default=30, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--only", type=int, multiple=True, help="Measure these seeds only, as to share the work.")
+@click.option("--bits", type=float, multiple=True, help="Measure these stored bits only.")
 @click.option("--packages", type=click.Path(path_type=Path), help="A folder to keep recovered models in, exported.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Writes OUT.json and OUT.md.")
 def main(
@@ -241,6 +265,7 @@ def main(
     windows: int,
     seeds: int,
     only: tuple[int, ...],
+    bits: tuple[float, ...],
     packages: Path | None,
     out: Path,
 ) -> None:
@@ -248,15 +273,15 @@ def main(
     from demo import smollm2_file
 
     results_file = out.with_suffix(".json")
-    results: dict[str, Any] = json.loads(results_file.read_text()) if results_file.exists() else {}
+    results = read_results(results_file, Recipe())
     bench = Bench(model or str(smollm2_file()), calibration, texts, windows, packages)
     for row in rows(seeds):
-        if row.key not in results and (not only or row.seed in only):
+        if row.key not in results and (not only or row.seed in only) and (not bits or row.bits in bits):
             print(f"{row.method} at {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
             for measured, result in bench.measure(row):
                 results[measured.key] = result
                 results_file.parent.mkdir(parents=True, exist_ok=True)
-                results_file.write_text(json.dumps(results, indent=1) + "\n")
+                write_results(results_file, Recipe(), results)
                 out.with_suffix(".md").write_text(table(list(results.values()), list(texts)))
     print(table(list(results.values()), list(texts)))
 

@@ -4,10 +4,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
-from ablation import Bench, Row, rows, table
+from ablation import Bench, Row, read_results, rows, table, write_results
 from tiny_models import text, write_llama
 
+from mgptq_export.recipe import Recipe
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.perplexity import measure_perplexity
 
@@ -80,3 +82,12 @@ def test_the_table_gives_means_over_seeds_with_their_spread() -> None:
         for p in (40.0, 42.0, 44.0)
     ]
     assert "| gnn | 2.4999 | 5.00 MB | 42.0 ± 2.0 | 3 | 2.0 |" in table(results, ["A"])
+
+
+def test_rows_of_another_recipe_are_neither_mixed_in_nor_lost(tmp_path: Path) -> None:
+    path, measured = tmp_path / "ablation.json", {"gnn/2.5/0": {"method": "gnn"}}
+    assert read_results(path, Recipe()) == {}
+    write_results(path, Recipe(), measured)
+    assert read_results(path, Recipe()) == measured
+    with pytest.raises(click.UsageError, match=r"another recipe \(trials 5, now 3\); give another -o"):
+        read_results(path, Recipe(trials=3))
