@@ -1,8 +1,9 @@
 """What the linears of a model that is being quantized read, and how far that has drifted from the original."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from mgptq_export.calibration.flow import HessianAccumulator, LayerFlow, StopFor
 from mgptq_export.compute import compute_dtype, multiplying_in
 from mgptq_export.families import GroupModules
 from mgptq_export.hooks import hooked
+from mgptq_export.memory import Memory
 from mgptq_export.models import SourceModel
 
 __all__ = ["DriftFlow", "Measured"]
@@ -53,6 +55,7 @@ class DriftFlow:
         self._original = None if original is None else LayerFlow(original, mine)
         self._tokens = tokens.numel()
         self._references: dict[str, list[torch.Tensor]] = {}
+        self._branches: list[_Branch] = []
 
     @torch.no_grad()
     def enter(self, index: int, *, measuring: bool) -> None:
@@ -81,13 +84,16 @@ class DriftFlow:
         point = _Point.of(flow.source, index, group)
         world, memory = flow.source.world, flow.source.memory
         hessian, drift = HessianAccumulator(group.columns, flow.source.model.device, world, memory), None
+        reads: list[torch.Tensor] = []
         with _recorded((point.reads, point.shows), last=point.shows if self._original else point.reads) as seen:
             for place, state in enumerate(flow.states):
                 output = state
-                with suppress(StopForward):
+                with suppress(StopForward), self._remembered(place):
                     output = flow.output(index, state)
                 read = seen[point.reads]
                 hessian.add(read)
+                if not group.reads_hidden:
+                    reads.append(memory.keep(read))
                 if self._original is not None:
                     shown = output if point.shows is None else seen[point.shows]
                     behind = (self._references[group.name][place] - shown).flatten(0, 1)
@@ -97,11 +103,26 @@ class DriftFlow:
                         drift.addmm_(behind.t(), read.flatten(0, 1).float(), alpha=2.0 / self._tokens)
         if drift is not None:
             world.sum_(drift)
+        self._references.pop(group.name, None)
+        if reads:
+            self._branches.append(_Branch.of(flow.source, index, group, reads))
         return Measured(hessian.take(), drift, point.of_stream)
 
+    @torch.no_grad()
     def leave(self, index: int) -> None:
         """Take the quantized model through the layer."""
-        self._quantized.advance(index)
+        for place in range(len(self._quantized.states)):
+            with self._remembered(place):
+                self._quantized.go_through(index, place)
+        self._branches.clear()
+
+    @contextmanager
+    def _remembered(self, place: int) -> Iterator[None]:
+        """Branches of the layer that have been measured compute their last linear only, of a batch by number."""
+        with ExitStack() as stack:
+            for branch in self._branches:
+                stack.enter_context(branch.remembered(place, self._quantized.source.memory))
+            yield
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,45 @@ class _Point:
         if group.name.endswith("ffn_down"):
             return cls(group.first, None)
         return cls(group.first, source.layers[index].get_submodule(source.family.norms["ffn_norm"]))
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Attention or feed-forward network, which ends in one linear; all before that has its final weights.
+
+    Attributes:
+        module: the branch.
+        linear: its last one.
+        reads: what that reads, by batch.
+        answers_alone: whether the branch puts out a tensor, and not a pair with attention weights.
+    """
+
+    module: nn.Module
+    linear: nn.Module
+    reads: list[torch.Tensor]
+    answers_alone: bool
+
+    @classmethod
+    def of(cls, source: SourceModel, index: int, group: GroupModules, reads: list[torch.Tensor]) -> "_Branch":
+        is_attention = group.name.endswith("attn_output")
+        (path,) = source.family.groups["attn_output" if is_attention else "ffn_down"].values()
+        module = source.layers[index].get_submodule(path.rpartition(".")[0])
+        return cls(module, group.first, reads, answers_alone=not is_attention)
+
+    @contextmanager
+    def remembered(self, place: int, memory: Memory) -> Iterator[None]:
+        """Let the branch go on from what its last linear read in a batch."""
+
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            output = self.linear(self.reads[place])
+            memory.release(self.reads[place])
+            return output if self.answers_alone else (output, None)
+
+        self.module.forward = forward
+        try:
+            yield
+        finally:
+            del self.module.forward
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """What linears of a half quantized model read, against both models run as a whole."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ TOKENS = torch.randint(3, 331, (6, 24), generator=torch.Generator().manual_seed(
 LAYER = 1
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "gemma3", "phi3", "qwen3"])
 def models(request, tmp_path_factory) -> tuple[SourceModel, SourceModel]:
     """A model, and one whose embedding and first layer are not quite the same."""
     original = load_source(str(tiny_models.write_model(tmp_path_factory.mktemp(request.param), request.param)))
@@ -86,6 +88,42 @@ def test_without_an_original_there_is_no_drift(models):
     flow = DriftFlow(models[1], None, TOKENS)
     flow.enter(0, measuring=True)
     assert flow.measure(0, models[1].layer_groups(0)[0]).drift is None
+
+
+def test_a_layer_changed_group_by_group_ends_where_the_whole_layer_does(models):
+    """What has its final weights is computed once, and gives the very same bits."""
+    original, changed = models[0], models[1].copy()
+    flow = DriftFlow(changed, original, TOKENS)
+    flow.enter(0, measuring=True)
+    groups = changed.layer_groups(0)
+    for group in groups:
+        alone = DriftFlow(changed, original, TOKENS)
+        alone.enter(0, measuring=True)
+        expected = alone.measure(0, group)
+        with counted(groups[0].first) as projections:
+            found = flow.measure(0, group)
+        assert torch.equal(found.hessian, expected.hessian) and torch.equal(found.drift, expected.drift)
+        assert bool(projections) == group.name.endswith(("attn_qkv", "attn_output"))
+        for module in group.modules.values():
+            module.weight.data.mul_(1.1)
+    with counted(groups[0].first) as projections:
+        flow.leave(0)
+    assert not projections
+    whole = DriftFlow(changed, original, TOKENS)
+    whole.enter(0, measuring=False)
+    whole.leave(0)
+    following = changed.layer_groups(1)[0]
+    for one in (flow, whole):
+        one.enter(1, measuring=True)
+    assert torch.equal(*(one.measure(1, following).hessian for one in (flow, whole)))
+
+
+@contextmanager
+def counted(module: torch.nn.Module) -> Iterator[list[int]]:
+    """An entry for every time that a module computes, or is about to."""
+    times: list[int] = []
+    with hooked([module.register_forward_pre_hook(lambda *_: times.append(1))]):
+        yield times
 
 
 def error_of_quantized(model: Path, **changes: Any) -> float:
