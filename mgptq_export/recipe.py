@@ -18,7 +18,7 @@ FAST: dict[str, Any] = {
     "descent_sweeps": 0,
     "trials": 2,
     "training_steps": 40,
-    "recovery_steps": 15,
+    "recovery_steps": 11,
 }
 
 
@@ -62,9 +62,9 @@ class Recipe:
     drift_correction: float = 0.5
     descent_sweeps: int = 4
     seed: int = 0
-    trials: int = 5
+    trials: int = 3
     training_steps: int = 60
-    recovery_steps: int = 150
+    recovery_steps: int = 180
     recovery_minutes: float | None = None
 
     def __post_init__(self) -> None:

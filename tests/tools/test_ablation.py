@@ -89,5 +89,5 @@ def test_rows_of_another_recipe_are_neither_mixed_in_nor_lost(tmp_path: Path) ->
     assert read_results(path, Recipe()) == {}
     write_results(path, Recipe(), measured)
     assert read_results(path, Recipe()) == measured
-    with pytest.raises(click.UsageError, match=r"another recipe \(trials 5, now 3\); give another -o"):
-        read_results(path, Recipe(trials=3))
+    with pytest.raises(click.UsageError, match=rf"another recipe \(trials {Recipe.trials}, now 7\); give another -o"):
+        read_results(path, Recipe(trials=7))
