@@ -63,9 +63,24 @@ def test_hessians_and_drift_lie_in_files_where_weights_do(even_model, tmp_path, 
     flow = DriftFlow(source, source.copy(), torch.arange(64).view(2, 32))
     flow.enter(0, measuring=True)
     mapped = Path("/proc/self/maps").read_text
-    before = mapped().count(str(tmp_path))
     measured = [flow.measure(0, group) for group in source.layer_groups(0)]
-    assert mapped().count(str(tmp_path)) - before == (2 * len(measured) if is_paged else 0)
+    files = 2 * len(measured) if is_paged else 0
+    before = mapped().count(str(tmp_path))
+    measured.clear()
+    assert before - mapped().count(str(tmp_path)) == files
+
+
+def test_what_a_layer_remembers_lies_in_files_until_it_is_left(even_model, tmp_path):
+    source = load_source(str(even_model), memory=Memory(tmp_path))
+    flow = DriftFlow(source, None, torch.arange(64).view(2, 32))
+    flow.enter(0, measuring=True)
+    mapped = Path("/proc/self/maps").read_text
+    before = mapped().count(str(tmp_path))
+    for group in source.layer_groups(0):
+        flow.measure(0, group)
+    assert mapped().count(str(tmp_path)) - before == 2  # what attn_output and ffn_down read
+    flow.leave(0)
+    assert mapped().count(str(tmp_path)) == before
 
 
 def test_files_have_no_names_and_go_with_the_tensor(paged, tmp_path):
