@@ -168,10 +168,10 @@ class _Branch:
 
     @classmethod
     def of(cls, source: SourceModel, index: int, group: GroupModules, reads: list[torch.Tensor]) -> "_Branch":
-        is_attention = group.name.endswith("attn_output")
-        (path,) = source.family.groups["attn_output" if is_attention else "ffn_down"].values()
+        kind = group.name.rpartition(".")[2]
+        (path,) = source.family.groups[kind].values()
         module = source.layers[index].get_submodule(path.rpartition(".")[0])
-        return cls(module, group.first, reads, answers_alone=not is_attention)
+        return cls(module, group.first, reads, answers_alone=kind == "ffn_down")
 
     @contextmanager
     def remembered(self, place: int, memory: Memory) -> Iterator[None]:
