@@ -388,11 +388,12 @@ def _scales_at_limit(linear: QuantizedLinear) -> int:
     count = 0
     for segment in linear.segments:
         if segment.format in FORMATS:
-            scales = FORMATS[segment.format].unpack(segment.data)[1]
+            scales, smallest = FORMATS[segment.format].unpack(segment.data)[1], limits.smallest_normal
         else:
-            scales = GGML_FORMATS[segment.format].unpack(segment.data)[1].d
+            # ggml's may be subnormal, and are, where sub-blocks have scales of their own.
+            scales, smallest = GGML_FORMATS[segment.format].unpack(segment.data)[1].d, 0
         size = np.abs(scales)
-        count += int(((size >= limits.max) | (size <= limits.smallest_normal)).sum())
+        count += int(((size >= limits.max) | (size <= smallest)).sum())
     return count
 
 

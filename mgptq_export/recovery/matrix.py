@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from mgptq_export.compute import pieces
+from mgptq_export.solver.block_fit import half
 from mgptq_export.solver.scales import representable
 from mgptq_runtime.formats import FORMATS, GGML_FORMATS
 from mgptq_runtime.quantized_model import QuantizedLinear, Segment
@@ -105,9 +106,15 @@ class BlockMatrix:
 
     @torch.no_grad()
     def round(self) -> None:
-        """Make the trained scales what a file can hold; those that were zero stay so."""
+        """Make the trained scales what a file can hold; those that were zero stay so.
+
+        Where sub-blocks have scales, a block's own is small, often below the smallest normal float16.
+        """
+        is_ggml = self.linear.segments[0].format in GGML_FORMATS
         for parameter, start in zip(self.parameters(), self._start, strict=True):
-            parameter.copy_(torch.where(start == 0, start, representable(parameter, start)))
+            trained = torch.where(torch.isfinite(parameter), parameter, start)
+            rounded = half(trained) if is_ggml else representable(trained, start)
+            parameter.copy_(torch.where(start == 0, start, rounded))
 
     def quantized(self) -> QuantizedLinear:
         """The matrix with its rounded scales; all else as it was."""

@@ -99,15 +99,17 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case
     return get
 
 
-def _random_linear(fmt: str, rows: int, columns: int, permuted: bool, seed: int = 0) -> QuantizedLinear:
-    """A linear of random codes and scales in one format."""
+def _random_linear(
+    fmt: str, rows: int, columns: int, permuted: bool, seed: int = 0, size: float = 0.05
+) -> QuantizedLinear:
+    """A linear of random codes and, around ``size``, scales in one format."""
     random = np.random.default_rng(seed)
     known = FORMATS.get(fmt) or GGML_FORMATS[fmt]
     width = -(-columns // known.block_columns) * known.block_columns
     codes = random.integers(0, known.levels, (rows, width)).astype(np.uint8)
 
     def halves() -> np.ndarray:
-        return (random.normal(size=(rows, width // known.block_columns)) * 0.05).astype(np.float16)
+        return (random.normal(size=(rows, width // known.block_columns)) * size).astype(np.float16)
 
     if fmt in FORMATS:
         data = FORMATS[fmt].pack(codes, halves())
@@ -160,6 +162,20 @@ def test_a_matrix_holds_the_weights_of_its_linear(fmt: str, columns: int, permut
     matrix.round()
     same = matrix.quantized()
     np.testing.assert_array_equal(same.segments[0].data, linear.segments[0].data)
+
+
+@pytest.mark.parametrize("fmt", GGML_FORMATS)
+def test_scales_of_ggml_types_may_be_subnormal(fmt: str) -> None:
+    """As q6_k's are, and q4_k's of small weights. Trusted: rounding to float16."""
+    linear = _random_linear(fmt, 7, 256, permuted=False, size=2e-6)
+    matrix = BlockMatrix(linear, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in matrix.parameters():
+            parameter.mul_(1.01)
+    expected = [parameter.detach().half().float() for parameter in matrix.parameters()]
+    matrix.round()
+    for parameter, wanted in zip(matrix.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("fmt", "columns", "permuted"), ALL_FORMATS)
