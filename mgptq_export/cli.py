@@ -363,6 +363,7 @@ def sweep(
     OUT/2.25 and so on become packages as 'run' makes them, OUT/sweep.json the table. The model is calibrated and the
     original scored once; allocation, solving and recovery are done for every budget. Scored are the weights, by
     PyTorch; what backends compute is checked, and scored by 'eval'. --resume takes other --bits and --against, too.
+    Exit code 1 where a package fails its check.
     """
     with exit_at_once():
         from mgptq_export import pipeline
@@ -382,6 +383,8 @@ def sweep(
         click.echo(json.dumps(swept))
     else:
         _print_sweep(swept)
+    if any(row["check"] == "failed" for row in swept["rows"]):
+        sys.exit(1)
 
 
 @cli.command()
@@ -628,9 +631,10 @@ def _print_sweep(swept: dict[str, Any]) -> None:
         table.add_column(column, no_wrap=True)
     for row in swept["rows"]:
         several = row["layout"] and len(swept["targets"]) > 1
+        failed = ", check FAILED" if row["check"] == "failed" else ""
         table.add_row(
             "*" if row["pareto"] else "",
-            escape(row["name"]) + (f" {', '.join(row['file_bytes'])}" if several else ""),
+            escape(row["name"]) + (f" {', '.join(row['file_bytes'])}" if several else "") + failed,
             f"{row['stored_bits']:.4f}",
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['perplexity']:.3f}",

@@ -74,15 +74,17 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def unfinished_run(out: Path, *, overwrite: bool, resume: bool) -> Iterator[UnfinishedRun]:
+def unfinished_run(out: Path, *, overwrite: bool, resume: bool, one_task: bool = True) -> Iterator[UnfinishedRun]:
     """What becomes ``out`` when the block ends well; when it does not, what its journal holds is kept for a next run.
 
-    That is ``OUT.unfinished``, beside ``out``. It is not kept where there is nothing in it, nor where a run that was
+    That is ``OUT.unfinished``, beside ``out``. It is not kept where there is nothing in it, nor where one task that was
     not resumed fails by its input: that would fail again.
 
     Args:
         overwrite: replace ``out`` in the end, and start anew where a run was stopped.
         resume: go on where a run was stopped.
+        one_task: whether ``resume`` does what was asked at first and nothing else. Of several tasks, the one that fails
+            can be left out.
 
     Raises:
         OutputExistsError: ``out`` exists and may not be replaced; a run that was stopped is there and nothing was said
@@ -119,7 +121,7 @@ def unfinished_run(out: Path, *, overwrite: bool, resume: bool) -> Iterator[Unfi
             )
             _publish(package, out, overwrite)
         except BaseException as error:
-            keeps = not journal.empty and (resumed or not _would_fail_again(error))
+            keeps = not journal.empty and (resumed or not one_task or not _by_input(error))
             shutil.rmtree(package if keeps else work, ignore_errors=True)
             if keeps:
                 print(f"what was finished is in {work}; the same command with --resume goes on", file=sys.stderr)
@@ -145,10 +147,10 @@ def _claimed(work: Path, out: Path) -> Iterator[None]:
         yield
 
 
-def _would_fail_again(error: BaseException) -> bool:
+def _by_input(error: BaseException) -> bool:
     others = OutputExistsError | OutOfMemoryError | DistributedError
-    by_input = isinstance(error, MgptqError) and not isinstance(error, others)
-    return by_input and not isinstance(error.__cause__, OSError)
+    is_known = isinstance(error, MgptqError) and not isinstance(error, others)
+    return is_known and not isinstance(error.__cause__, OSError)
 
 
 def _discard(work: Path, journal: Journal, overwrite: bool, out: Path) -> None:

@@ -27,6 +27,7 @@ from mgptq_export.packaging import describe
 from mgptq_export.quantize import calibrate, calibration_set, check_budget
 from mgptq_export.recipe import Recipe
 from mgptq_export.report import SWEEP_PAGE, sweep_page
+from mgptq_export.report.facts import verdict
 from mgptq_export.solved import read_solved
 from mgptq_export.targets import target_named
 from mgptq_runtime.errors import BadInputError
@@ -86,6 +87,7 @@ def sweep(
         - ``file_bytes``: of the model files by target; the original's are its weights in ``float16``, those of other
           files are by ``gguf``; and ``bytes``, the most of them;
         - ``perplexity``, ``kl_divergence`` in nats per token and ``top1_agreement``, by PyTorch on the weights;
+        - ``check`` of a package, ``passed``, ``failed`` or ``unchecked``, else None;
         - ``seconds`` that the whole package took, calibration apart, None for what was not quantized here. Of a budget
           in which the sweep was stopped they are counted from when it went on;
         - ``pareto``: no other row has as few ``bytes`` and as low a ``perplexity``, and less of one of them.
@@ -104,7 +106,7 @@ def sweep(
         if not path.is_file():
             raise BadInputError(f"{path} is no file; give GGUF files to compare with")
     with (
-        unfinished_run(out, overwrite=overwrite, resume=resume) as under_way,
+        unfinished_run(out, overwrite=overwrite, resume=resume, one_task=False) as under_way,
         typed_memory_errors(),
         ExitStack() as memory_errors,
     ):
@@ -274,6 +276,7 @@ def _budget_rows(
             stored_bits=of_layout["bits"]["stored"],
             layout=layout,
             requested_bits=recipe.bits,
+            check=verdict(manifest),
             seconds=seconds,
         )
 
@@ -296,6 +299,7 @@ def _row(
     stored_bits: float,
     layout: str | None = None,
     requested_bits: float | None = None,
+    check: str | None = None,
     seconds: float | None = None,
 ) -> dict[str, Any]:
     return {
@@ -307,6 +311,7 @@ def _row(
         "file_bytes": dict(file_bytes),
         "bytes": max(file_bytes.values()),
         **{key: quality[key] for key in ("perplexity", "kl_divergence", "top1_agreement")},
+        "check": check,
         "seconds": seconds,
     }
 

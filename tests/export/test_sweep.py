@@ -20,8 +20,8 @@ from mgptq_export.history import History
 from mgptq_export.journal import Journal, Record
 from mgptq_export.manifest import read_manifest, verify
 from mgptq_export.sweep import sweep
-from mgptq_runtime.check import check_backend
-from mgptq_runtime.errors import BadInputError, BudgetError, OutputExistsError
+from mgptq_runtime.check import DEFAULT_BOUNDS, Bounds, check_backend
+from mgptq_runtime.errors import BadInputError, BudgetError, NumericalError, OutputExistsError
 from mgptq_runtime.package import open_package
 
 BUDGETS = (2.25, 3.0)
@@ -301,6 +301,23 @@ def test_a_stopped_sweep_goes_on_with_one_more_budget_but_not_with_another_text(
         assert of_this_budget(out / name) == of_this_budget(swept / name)
 
 
+def test_a_budget_that_fails_can_be_left_out(even_model, swept, text, tmp_path, monkeypatch, capsys):
+    """What was finished before it stays, whatever it failed by."""
+    out, make = tmp_path / "out", pipeline.make_package
+
+    def fail_at_3(folder: Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        if folder.name == "3":
+            raise NumericalError("logits are NaN")
+        return make(folder, *arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(NumericalError):
+        patched.setattr(pipeline, "make_package", fail_at_3)
+        sweep(str(even_model), out, QUICK, [2.25, 3.0], ["container"], text)
+    assert "with --resume goes on" in capsys.readouterr().err
+    sweep(str(even_model), out, QUICK, [2.25], ["container"], text, resume=True)
+    assert of_this_budget(out / "2.25") == of_this_budget(swept / "2.25")
+
+
 def test_a_sweep_is_replaced_only_when_asked(even_model, swept, text, tmp_path):
     out = Path(shutil.copytree(swept, tmp_path / "out"))
     recipe = replace(RECIPE, allocator="uniform")
@@ -333,6 +350,16 @@ def test_the_command_prints_the_file_or_a_table(main, even_model, text_file, rou
     assert named == {"original", rounded.name, "3", "2.5"} and "Pareto" in out
 
 
+def test_a_package_that_fails_its_check_is_marked_and_ends_with_1(main, even_model, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    wrong = {name: Bounds(max_abs_difference=0.0) for name in DEFAULT_BOUNDS}
+    monkeypatch.setattr("mgptq_export.packaging.DEFAULT_BOUNDS", wrong)
+    code, out, _ = main("sweep", even_model, "--evaluate", text_file, *COMMAND, "-o", tmp_path / "out")
+    assert code == 1 and "3, check FAILED" in out
+    rows = json.loads((tmp_path / "out/sweep.json").read_text())["rows"]
+    assert {row["name"]: row["check"] for row in rows} == {"original": None, "3": "failed", "2.5": "failed"}
+
+
 @pytest.mark.parametrize("bits", ["", ",", "2.5,few"])
 def test_budgets_that_are_no_numbers_are_wrong_usage(main, bits):
     code, out, err = main("sweep", "model", "-o", "out", "--evaluate", "text", "--bits", bits)
@@ -341,7 +368,12 @@ def test_budgets_that_are_no_numbers_are_wrong_usage(main, bits):
 
 def test_every_option_of_a_run_but_its_budget_reaches_the_recipe(monkeypatch):
     asked: list[Any] = []
-    monkeypatch.setattr(module, "sweep", lambda *arguments, **options: asked.append((arguments, options)))
+
+    def ask(*arguments: Any, **options: Any) -> dict[str, Any]:
+        asked.append((arguments, options))
+        return {"rows": []}
+
+    monkeypatch.setattr(module, "sweep", ask)
     monkeypatch.setattr(command, "_print_sweep", lambda swept: None)
     options = ["--bits", "3,2.5", "--fast", "--trials", "7", "--against", "a.gguf", "--against", "b.gguf", "--resume"]
     command.cli(["sweep", "model", "-o", "out", "--evaluate", "text", *options], standalone_mode=False)
