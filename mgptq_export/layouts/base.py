@@ -166,22 +166,29 @@ class Layout(Protocol):
 
 
 def decide(
-    problem: AllocationProblem, orders: Mapping[str, torch.Tensor], recipe: Recipe, attempt: Attempt
+    problem: AllocationProblem,
+    orders: Mapping[str, torch.Tensor],
+    recipe: Recipe,
+    attempt: Attempt,
+    check: Callable[[Allocation], None],
 ) -> Allocated:
     """Solve an allocation problem with the recipe's allocator.
 
     Args:
         orders: of the columns, see :class:`Allocated`.
         attempt: what ``gnn`` learns from.
+        check: raises where an allocation falls short of what was asked for; called before any is tried.
     """
     if recipe.allocator == "gnn":
 
         def tried(formats: Allocation) -> Trial:
+            check(formats)
             return attempt(Allocated(Decision(formats), orders))
 
         decision = allocate_by_gnn(problem, tried, recipe.trials, recipe.training_steps, recipe.seed)
     else:
         decision = allocate_by_hessian(problem) if recipe.allocator == "hessian" else allocate_uniformly(problem)
+    check(decision.formats)
     return Allocated(decision, orders)
 
 

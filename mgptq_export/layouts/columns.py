@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from mgptq_export.allocation import BlockProblem, InputColumns, LinearProblem
+from mgptq_export.allocation import Allocation, BlockProblem, InputColumns, LinearProblem
 from mgptq_export.families import GroupModules
 from mgptq_export.layouts.base import (
     Allocated,
@@ -74,10 +74,12 @@ class ColumnLayout:
             budget=room - (permutations if permuted else 0),
             world=source.world,
         )
-        allocated = decide(problem, orders, recipe, attempt)
-        delivered = (problem.stored_bits(allocated.formats) + (permutations if permuted else 0)) / weights
-        check_delivered(delivered, recipe, "blocks")
-        return allocated
+
+        def check(formats: Allocation) -> None:
+            delivered = (problem.stored_bits(formats) + (permutations if permuted else 0)) / weights
+            check_delivered(delivered, recipe, "blocks")
+
+        return decide(problem, orders, recipe, attempt, check)
 
     def _is_one_format(self, source: SourceModel, recipe: Recipe) -> bool:
         """Whether ``uniform`` comes out even without permutations: the plain method, one format throughout."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mgptq_export.allocation import FileTensor, TensorProblem
+from mgptq_export.allocation import Allocation, FileTensor, TensorProblem
 from mgptq_export.families import GroupModules
 from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, SolvedGroup, check_delivered, decide
 from mgptq_export.layouts.columns import by_rows, linear_problems, natural_orders
@@ -61,9 +61,11 @@ class TensorLayout:
         columns = {linear.name: linear.columns for linear in linears}
         tensors = file_tensors(columns, source.family.gguf_fused, types_of(source, recipe))
         problem = TensorProblem(linears, tensors, int(recipe.bits * weights), source.world)
-        allocated = decide(problem, orders, recipe, attempt)
-        check_delivered(problem.stored_bits(allocated.formats) / weights, recipe, "tensors")
-        return allocated
+
+        def check(formats: Allocation) -> None:
+            check_delivered(problem.stored_bits(formats) / weights, recipe, "tensors")
+
+        return decide(problem, orders, recipe, attempt, check)
 
     def solve_group(
         self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe
