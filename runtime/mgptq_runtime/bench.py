@@ -11,6 +11,7 @@ import numpy as np
 
 from mgptq_runtime.backends import Backend
 from mgptq_runtime.errors import BadInputError
+from mgptq_runtime.generate import prefill
 from mgptq_runtime.progress import Advance, no_progress
 
 __all__ = ["BenchResult", "measure_speed", "peak_rss_bytes"]
@@ -56,7 +57,7 @@ def measure_speed(
     threads: int | None = None,
     advance: Advance = no_progress,
 ) -> BenchResult:
-    """Time loading, one prompt and decoding.
+    """Time loading, one prompt and decoding, as :func:`mgptq_runtime.generate.generate_tokens` computes them.
 
     Args:
         load: makes the backend.
@@ -74,10 +75,10 @@ def measure_speed(
             f"{prompt_tokens} + {decode_tokens} tokens: each at least 1, together at most {backend.context_length}"
         )
     ids = np.random.default_rng(0).integers(0, backend.vocabulary_size, (1, prompt_tokens))
-    backend.forward(ids, backend.new_cache(), first_logit=-1)
+    prefill(backend, ids[0], backend.new_cache())
     cache = backend.new_cache()
     start = time.perf_counter()
-    backend.forward(ids, cache, first_logit=-1)
+    prefill(backend, ids[0], cache)
     prefill_seconds = time.perf_counter() - start
     start = time.perf_counter()
     for i in range(decode_tokens):

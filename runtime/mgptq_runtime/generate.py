@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 
 from mgptq_runtime.backends import Backend
 from mgptq_runtime.errors import BadInputError, NumericalError
 
-__all__ = ["GREEDY", "Sampling", "StopReason", "generate_tokens", "stop_reason"]
+__all__ = ["GREEDY", "Sampling", "StopReason", "generate_tokens", "prefill", "stop_reason"]
 
 StopReason = Literal["end_of_text", "max_tokens", "context_full"]
 PREFILL_TOKENS = 128
@@ -66,11 +67,22 @@ def _sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) ->
     return int(order[rng.choice(len(probabilities), p=probabilities)])
 
 
-def _prefill(backend: Backend, prompt: Sequence[int], cache: object) -> np.ndarray:
-    """Feed the prompt in pieces, so that its activations need little memory; the last logits: float32 [vocabulary]."""
-    ids = np.array([prompt], np.int64)
-    for start in range(0, ids.shape[1], PREFILL_TOKENS):
-        logits = backend.forward(ids[:, start : start + PREFILL_TOKENS], cache, first_logit=-1)
+def prefill(backend: Backend, text: Sequence[int], cache: Any) -> np.ndarray:
+    """Feed a text in pieces, so that its activations need little memory.
+
+    A text longer than the backend's short context has a first piece that is longer, too: all keys are rotated alike.
+
+    Args:
+        text: token ids, at least one.
+        cache: an empty one; extended in place.
+
+    Returns:
+        the last token's logits, float32 [vocabulary].
+    """
+    ids = np.array([text], np.int64)
+    first = PREFILL_TOKENS if len(text) <= backend.short_context else max(PREFILL_TOKENS, backend.short_context + 1)
+    for start, stop in pairwise([0, *range(first, len(text), PREFILL_TOKENS), len(text)]):
+        logits = backend.forward(ids[:, start:stop], cache, first_logit=-1)
     return logits[0, -1]
 
 
@@ -99,13 +111,18 @@ def generate_tokens(
         )
     rng = np.random.default_rng(sampling.seed)
     cache = backend.new_cache()
-    logits = _prefill(backend, prompt, cache)
-    for length in range(len(prompt), min(len(prompt) + max_tokens, backend.context_length)):
+    logits = prefill(backend, prompt, cache)
+    text, limit = list(prompt), min(len(prompt) + max_tokens, backend.context_length)
+    while len(text) < limit:
         token = _sample(logits, sampling, rng)
         if token in eos_token_ids:
             return
         yield token
-        if length + 1 < min(len(prompt) + max_tokens, backend.context_length):
+        text.append(token)
+        if len(text) == backend.short_context + 1 and len(text) < limit:
+            cache = backend.new_cache()
+            logits = prefill(backend, text, cache)
+        elif len(text) < limit:
             logits = backend.forward(np.array([[token]], np.int64), cache, first_logit=-1)[0, -1]
 
 

@@ -45,13 +45,18 @@ def _special_token_text(config: Mapping[str, Any], key: str) -> str | None:
 
 
 def parse_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """A tokenizer of the text of ``tokenizer.json``.
+    """A tokenizer of the text of ``tokenizer.json``, for texts of any length.
+
+    Truncation and padding that the file asks for are left out, as transformers leaves them out: whoever fine-tuned the
+    model may have saved the settings of a batch.
 
     Raises:
         ValueError: the library cannot use it, or its steps together make a text of any length out of a short one.
     """
     with _library_errors(ValueError, "{}"):
         tokenizer = Tokenizer.from_str(tokenizer_json)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         growths = {"normalizer": _growth(tokenizer.normalizer), "decoder": _growth(tokenizer.decoder)}
     for name, growth in growths.items():
         if growth > MAX_GROWTH:

@@ -21,6 +21,7 @@ from mgptq_export.recipe import Recipe
 from mgptq_export.targets.onnx import export_onnx
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.backends.onnx_backend import OnnxBackend
+from mgptq_runtime.generate import generate_tokens
 from mgptq_runtime.golden import GoldenVectors
 
 pytestmark = pytest.mark.slow
@@ -133,6 +134,18 @@ def test_steps_equal_the_whole_sequence(family: Family) -> None:
     token_ids = tokens(1, UNIFORM_CONTEXT.get(family.name, 100))
     expected = family.oracle(token_ids)
     assert np.abs(in_steps(family.exact, token_ids) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "exact"])
+@pytest.mark.parametrize("length", [20, 31, 32, 33, 150])
+def test_greedy_texts_are_those_of_transformers(family: Family, backend: str, length: int) -> None:
+    """Also where the text outgrows the short context, in its prompt or while it is written."""
+    prompt, count = tokens(1, length), 20
+    expected = family.torch_model.generate(
+        torch.from_numpy(prompt), do_sample=False, max_new_tokens=count, eos_token_id=[]
+    )
+    found = generate_tokens(getattr(family, backend), prompt[0].tolist(), max_tokens=count)
+    assert list(found) == expected[0, length:].tolist()
 
 
 def test_steps_equal_those_of_the_numpy_backend(family: Family) -> None:

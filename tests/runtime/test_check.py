@@ -24,6 +24,7 @@ class Shifted:
         self._change = change
         self.vocabulary_size = self._backend.vocabulary_size
         self.context_length = self._backend.context_length
+        self.short_context = self._backend.short_context
 
     def new_cache(self, batch: int = 1):
         return self._backend.new_cache(batch)

@@ -37,6 +37,8 @@ GOLDEN = "golden.npz"
 
 # 11 holds opset 23; newer runtimes read it, and the checker knows it.
 IR_VERSION = 11
+# For whoever keeps keys in a cache: up to how many tokens a text is rotated as short ones are.
+SHORT_CONTEXT = "mgptq.short_context"
 FAST_LEVEL, EXACT_LEVEL = 4, 0
 
 
@@ -55,12 +57,15 @@ def quantized_graph(checkpoint: Checkpoint, graph_model: ir.Model, *, pairs: boo
     graph = graph_model.graph
     declare_constant_shapes(graph)
     standardize_norms(graph)
-    compute_rotations(graph, decoder_of(quantized), quantized.tensors)
+    decoder = decoder_of(quantized)
+    compute_rotations(graph, decoder, quantized.tensors)
     keep_last_logits(graph, HEAD_NODE)
     swap_embedding(graph, quantized.embedding, EMBEDDING_NODE)
     swap_linears(graph, (*quantized.groups, head), node_names, pairs=pairs)
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="mgptq-export")
     model.opset_imports.update({"": OPSET, "com.microsoft": 1, DOMAIN: VERSION})
+    if decoder.short_context < decoder.context_length:
+        model.metadata_props[SHORT_CONTEXT] = str(decoder.short_context)
     return model
 
 

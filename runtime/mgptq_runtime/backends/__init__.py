@@ -14,11 +14,15 @@ class Backend(Protocol):
         name: ``numpy`` or ``onnx``.
         vocabulary_size: size of the last axis of the logits.
         context_length: the longest sequence that the model was made for.
+        short_context: up to so many tokens the model rotates positions as in short texts; a longer text is rotated
+            otherwise from its first token on, so what is cached of a short one does not serve it. ``context_length``
+            where all texts are rotated alike.
     """
 
     name: str
     vocabulary_size: int
     context_length: int
+    short_context: int
 
     def new_cache(self, batch: int = 1) -> Any:
         """An empty KV cache for ``batch`` sequences of equal length; opaque to callers."""

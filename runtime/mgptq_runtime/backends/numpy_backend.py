@@ -96,6 +96,7 @@ class NumpyBackend:
         self._groups = {group.name: group for group in model.groups}
         self.vocabulary_size = self._family.vocabulary_size
         self.context_length = self._family.context_length
+        self.short_context = self._family.short_context
 
     def new_cache(self, batch: int = 1) -> KeyValueCache:
         """An empty KV cache for ``batch`` sequences of equal length."""

@@ -33,6 +33,8 @@ GENAI_CONFIG = "genai_config.json"
 POSITIONS = "position_ids"
 # Graphs that have it keep the logits from this position on, by default the last; others keep all.
 FIRST_LOGIT = "first_logit"
+# Metadata of graphs that rotate long texts otherwise.
+SHORT_CONTEXT = "mgptq.short_context"
 FIRST_CAPACITY = 64
 FATAL_ERRORS_ONLY = 4
 WEIGHTS_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
@@ -175,6 +177,7 @@ class OnnxBackend:
     Attributes:
         name: ``onnx``.
         vocabulary_size, context_length: from ``genai_config.json``.
+        short_context: from the graph's metadata.
         accuracy_level: 4 (int8 activations for b1 and b2 weights, fast) or 0 (float32 activations, exact).
     """
 
@@ -218,6 +221,7 @@ class OnnxBackend:
             self._session = _open_session(folder / name, model, weights_bytes, threads)
         _return_freed_memory()
         self._check_interface(folder / name)
+        self.short_context = self._read_short_context(folder / name)
 
     def _cache_names(self, prefix: str) -> list[str]:
         return [f"{prefix}.{layer}.{kind}" for layer in range(self._shape.layers) for kind in ("key", "value")]
@@ -255,6 +259,19 @@ class OnnxBackend:
                 f"{path}: logits are {logits_type} {sizes}, {GENAI_CONFIG} says {shape.vocabulary_size} tokens; "
                 "export the package again"
             )
+
+    def _read_short_context(self, path: Path) -> int:
+        try:
+            value = self._session.get_modelmeta().custom_metadata_map.get(SHORT_CONTEXT, str(self.context_length))
+        except UnicodeDecodeError as error:
+            raise PackageError(f"{path}: its metadata is not UTF-8 ({error}); export the package again") from error
+        is_number = value.isascii() and value.isdecimal() and len(value) < 9
+        if not (is_number and 1 <= int(value) <= self.context_length):
+            raise PackageError(
+                f"{path}: {SHORT_CONTEXT} is {value[:80]!r}, it must be a number of 1 to {self.context_length}; "
+                "export the package again"
+            )
+        return int(value)
 
     def new_cache(self, batch: int = 1) -> OnnxCache:
         """An empty KV cache for ``batch`` sequences of equal length."""

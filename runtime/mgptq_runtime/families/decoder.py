@@ -110,6 +110,11 @@ class Decoder:
         """Names of the tensors with rotary frequencies, each float32 [rotary_size / 2]."""
         return ("rope_inverse_frequencies",)
 
+    @property
+    def short_context(self) -> int:
+        """Up to how many tokens :meth:`frequencies_of` is what it is for one."""
+        return self.context_length
+
     def frequencies_of(self, layer: int, positions: int) -> str:
         """The frequency tensor that a layer rotates with when there are ``positions`` tokens in all."""
         return "rope_inverse_frequencies"

@@ -93,6 +93,9 @@ class Family(Protocol):
     def context_length(self) -> int: ...
 
     @property
+    def short_context(self) -> int: ...
+
+    @property
     def vocabulary_size(self) -> int: ...
 
     @property

@@ -39,6 +39,10 @@ class Phi3(Decoder):
         return self.original_context < self.context_length
 
     @property
+    def short_context(self) -> int:
+        return min(self.original_context, self.context_length)
+
+    @property
     def frequency_tensors(self) -> tuple[str, ...]:
         short = super().frequency_tensors
         return (*short, LONG_FREQUENCIES) if self._has_long_frequencies else short
