@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from mgptq_export.gguf_pre_tokenizers import SPACE, find_pre_tokenizer, find_space_prefix, steps_of
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
 from mgptq_runtime.strict_json import parse_json_object
+from mgptq_runtime.tokenizer import parse_tokenizer
 
 __all__ = ["add_chat_template", "add_tokenizer", "check_tokenizer"]
 
@@ -148,8 +149,8 @@ def _read_files(folder: Path, config: Mapping[str, Any]) -> _Files:
     if not path.is_file():
         raise BadInputError("the model has no tokenizer.json; save the model with its fast tokenizer")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
+        tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise BadInputError(f"{path} cannot be read: {error}") from error
     generation = _read_json(folder / "generation_config.json")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -194,6 +194,14 @@ def with_post_processor(tokenizer: Tokenizer, single: str, *texts: str) -> Token
     return copy
 
 
+def test_a_batchs_padding_is_not_taken_for_an_end_of_every_text(gpt2: Tokenizer, tmp_path: Path) -> None:
+    """Saved by whoever fine-tuned the model, with the end-of-text token to pad with."""
+    padded = Tokenizer.from_str(gpt2.to_str())
+    padded.enable_padding(length=8, pad_id=padded.token_to_id("<|endoftext|>"), pad_token="<|endoftext|>")
+    path = write_file(tmp_path / "a.gguf", write_folder(tmp_path / "hf", padded, SETTINGS))
+    assert gguf.GGUFReader(path).get_field("tokenizer.ggml.add_eos_token").contents() is False
+
+
 def test_special_tokens_and_chat_template_arrive(gpt2: Tokenizer, tmp_path: Path) -> None:
     generation = {"eos_token_id": [0, 5, 2], "bos_token_id": 7}
     folder = write_folder(tmp_path / "hf", gpt2, SETTINGS, generation_config=generation)

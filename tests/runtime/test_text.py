@@ -2,6 +2,7 @@
 
 import pytest
 from golden_package import TEXT, make_tokenizer_folder
+from tokenizers import Tokenizer
 
 from mgptq_runtime.errors import BadInputError, PackageError
 from mgptq_runtime.tokenizer import TextTokenizer, TokenizerData
@@ -27,6 +28,15 @@ def tokenizer(tokenizer_json: str, **changes) -> TextTokenizer:
 def test_text_survives_encoding(tokenizer_json):
     text = tokenizer(tokenizer_json)
     assert text.decode(text.encode(TEXT)) == TEXT
+
+
+def test_a_batchs_truncation_and_padding_do_not_stay(tokenizer_json):
+    """Saved by whoever fine-tuned the model. Trusted: the tokenizer without them."""
+    saved = Tokenizer.from_str(tokenizer_json)
+    saved.enable_truncation(4)
+    saved.enable_padding(length=8, pad_id=3)
+    for text in (TEXT, "a"):
+        assert tokenizer(saved.to_str()).encode(text) == tokenizer(tokenizer_json).encode(text)
 
 
 def test_streamed_pieces_are_whole_characters_and_join_to_the_text(tokenizer_json):
