@@ -47,13 +47,14 @@ def _document(path: Path, number: int, line: str) -> str:
 def read_text(path: Path) -> str:
     """Read a text to score: a ``.jsonl`` file's documents joined by a blank line, or any other file's text.
 
-    Line ends of any system count as ``\\n``: a text scores the same however it was copied.
+    Line ends of any system count as ``\\n``, and a byte order mark at the start does not count: a text scores the same
+    however it was copied.
 
     Raises:
         BadInputError: a file that cannot be read, or a line that is not a JSON object with a field ``text``.
     """
     try:
-        content = path.read_bytes().decode("utf-8")
+        content = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise BadInputError(f"{path} cannot be read: {error.strerror or error}; give a text file") from error
     except UnicodeDecodeError as error:

@@ -48,8 +48,8 @@ def test_documents_are_joined_with_a_blank_line(tmp_path):
     assert read_text(path) == "one\u2028\n\ntwo"
 
 
-@pytest.mark.parametrize("content", ["a\r\nö\r\n", "a\nö\n", "a\rö\r"])
-def test_plain_text_is_the_same_with_line_ends_of_any_system(tmp_path, content):
+@pytest.mark.parametrize("content", ["a\r\nö\r\n", "a\nö\n", "a\rö\r", "\ufeffa\nö\n"])
+def test_plain_text_is_the_same_with_line_ends_and_byte_order_mark_of_any_system(tmp_path, content):
     path = tmp_path / "text.txt"
     path.write_bytes(content.encode())
     assert read_text(path) == "a\nö\n"
