@@ -27,7 +27,7 @@ OUTPUT_LIMIT_BYTES = 1 << 22
 REASON_CHARACTERS = 500
 KERNEL_LIMITS_MEMORY = sys.platform == "linux"
 WATCH_SECONDS = 0.005
-TIMED_OUT = "Timeout ("  # the watchdog's first words
+TIMED_OUT = "Timeout ("  # the first words of the watchdog's line
 OUT_OF_MEMORY = "MemoryError"
 WAY_OUT = "generate without --chat"
 
@@ -49,10 +49,11 @@ def render_chat_template(template: str, messages: Sequence[Mapping[str, str]], t
     if code == 0:
         return output.decode()
     lines = errors.decode(errors="replace").splitlines() or [f"its process ended with {code}"]
-    if lines[0].startswith(TIMED_OUT):
-        raise PackageError(f"the chat template takes more than {RENDER_SECONDS} second; {WAY_OUT}")
-    if lines[-1].startswith(OUT_OF_MEMORY):
+    # Both where the process had no memory left and took its time to end.
+    if any(line.startswith(OUT_OF_MEMORY) for line in lines):
         raise _too_large()
+    if any(line.startswith(TIMED_OUT) for line in lines):
+        raise PackageError(f"the chat template takes more than {RENDER_SECONDS} second; {WAY_OUT}")
     raise PackageError(f"the chat template cannot be rendered: {printable(lines[-1][:REASON_CHARACTERS])}; {WAY_OUT}")
 
 
