@@ -35,6 +35,7 @@ from mgptq_export.recovery import recover
 from mgptq_export.sizes import format_size
 from mgptq_export.solved import save_solved
 from mgptq_export.targets import target_named
+from mgptq_runtime.package import file_sha256
 from mgptq_runtime.progress import track
 from mgptq_runtime.quantized_model import QuantizedModel
 
@@ -52,7 +53,7 @@ class Row:
         allocator: or ``fp32`` and ``rounding`` for the yardsticks.
         bits: stored, per linear weight.
         seed: of everything random.
-        samples: calibration sequences, where not the default.
+        samples: calibration sequences, where not the default; the model writes none of its own beside them then.
         recovered: whether scales and norms are trained afterwards.
         sampled: whether the model writes its calibration text itself.
     """
@@ -140,6 +141,7 @@ class Bench:
             bits=row.bits,
             seed=row.seed,
             samples=min(row.samples, self.recipe.samples),
+            own_samples=self.recipe.own_samples if row.samples == Recipe.samples else 0,
             allocator="uniform" if row.allocator == "rounding" else row.allocator,
             calibration="self" if row.sampled else self.recipe.calibration,
         )
@@ -217,27 +219,42 @@ def _spread(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def read_results(path: Path, recipe: Recipe) -> dict[str, Any]:
+def settings_of(model: str, calibration: str, texts: Mapping[str, Path], windows: int) -> dict[str, Any]:
+    """What figures depend on beside their rows; texts by their SHA-256."""
+    return {
+        **Recipe().to_json(),
+        "model": Path(model).name,
+        "calibration": file_sha256(Path(calibration)),
+        **{f"text {name}": file_sha256(path) for name, path in texts.items()},
+        "windows": windows,
+    }
+
+
+def read_results(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The rows that a file holds, by key; none where there is no file yet.
 
     Raises:
-        click.UsageError: they were measured with other defaults than ``recipe``.
+        click.UsageError: they were measured with other settings.
     """
     if not path.exists():
         return {}
-    held, now = json.loads(path.read_text()), recipe.to_json()
-    then = held["recipe"]
+    held = json.loads(path.read_text())
+    then = held.get("settings", {})
     changed = [
-        f"{name} {then.get(name)}, now {now.get(name)}" for name in {**then, **now} if then.get(name) != now.get(name)
+        f"{name} {then.get(name)}, now {settings.get(name)}"
+        for name in {**then, **settings}
+        if then.get(name) != settings.get(name)
     ]
     if changed:
-        raise click.UsageError(f"{path} holds rows of another recipe ({', '.join(changed)}); give another -o")
+        raise click.UsageError(
+            f"{path} holds rows that were measured otherwise ({', '.join(changed)}); give another -o"
+        )
     return held["rows"]
 
 
-def write_results(path: Path, recipe: Recipe, results: Mapping[str, Any]) -> None:
-    """Keep rows with the defaults that they were measured with."""
-    path.write_text(json.dumps({"recipe": recipe.to_json(), "rows": results}, indent=1) + "\n")
+def write_results(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Keep rows with what they were measured with."""
+    path.write_text(json.dumps({"settings": settings, "rows": results}, indent=1) + "\n")
 
 
 def named_files(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
@@ -272,17 +289,18 @@ def main(
     """Measure every part of the method and write one table."""
     from demo import smollm2_file
 
-    results_file = out.with_suffix(".json")
-    results = read_results(results_file, Recipe())
-    bench = Bench(model or str(smollm2_file()), calibration, texts, windows, packages)
+    model = model or str(smollm2_file())
+    results_file, settings = out.with_name(f"{out.name}.json"), settings_of(model, calibration, texts, windows)
+    results = read_results(results_file, settings)
+    bench = Bench(model, calibration, texts, windows, packages)
     for row in rows(seeds):
         if row.key not in results and (not only or row.seed in only) and (not bits or row.bits in bits):
             print(f"{row.method} at {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
             for measured, result in bench.measure(row):
                 results[measured.key] = result
                 results_file.parent.mkdir(parents=True, exist_ok=True)
-                write_results(results_file, Recipe(), results)
-                out.with_suffix(".md").write_text(table(list(results.values()), list(texts)))
+                write_results(results_file, settings, results)
+                out.with_name(f"{out.name}.md").write_text(table(list(results.values()), list(texts)))
     print(table(list(results.values()), list(texts)))
 
 

@@ -198,7 +198,7 @@ def prepare(task: Task, folder: Path) -> list[list[int]]:
     """Write a model's first layers into a folder that everybody reads; the tokens that ours is calibrated on.
 
     Raises:
-        ClickException: there are not so many layers.
+        ClickException: there are not so many layers, or the model cannot be written.
     """
     from mgptq_export.calibration import calibration_tokens
     from mgptq_export.models import load_source
@@ -207,8 +207,16 @@ def prepare(task: Task, folder: Path) -> list[list[int]]:
     source, layers = load_source(task.model), task.layers
     if layers is not None and layers > len(source.layers):
         raise click.ClickException(f"--layers {layers}: {task.model} has {len(source.layers)}, give 1 to as many")
+    if source.family.name == "phi3":
+        raise click.ClickException(
+            f"{task.model}: the fused matrices of phi3 are cut when it is loaded, and cannot be written for the peer; "
+            "give a model of another family"
+        )
     source.model.model.layers = source.model.model.layers[:layers]
-    source.model.config.num_hidden_layers = len(source.layers)
+    config = source.model.config
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = len(source.layers)
     source.model.save_pretrained(folder)
     for file in source.tokenizer_folder.glob("*token*"):
         shutil.copy(file, folder)
@@ -233,7 +241,7 @@ class Results:
 
     @property
     def _file(self) -> Path:
-        return self._out.with_suffix(".json")
+        return self._out.with_name(f"{self._out.name}.json")
 
     def once(self, row: str, measure: Callable[[], dict[str, Cost]]) -> None:
         """Measure a row that is not known."""
@@ -247,7 +255,7 @@ class Results:
 
     def write(self, suffix: str, text: str) -> None:
         """Another file of the same name."""
-        self._out.with_suffix(suffix).write_text(text)
+        self._out.with_name(self._out.name + suffix).write_text(text)
 
 
 def machine() -> dict[str, Any]:
@@ -437,7 +445,7 @@ def main(
             text = bench_model(task, recipes or tuple(RECIPES), evaluate, peer, out)
         except MgptqError as error:
             raise click.ClickException(str(error)) from error
-    out.with_suffix(".md").write_text(text)
+    out.with_name(f"{out.name}.md").write_text(text)
     click.echo(text)
 
 

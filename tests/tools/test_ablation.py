@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
-from ablation import Bench, Row, read_results, rows, table, write_results
+from ablation import Bench, Row, read_results, rows, settings_of, table, write_results
 from tiny_models import text, write_llama
 
 from mgptq_export.recipe import Recipe
@@ -84,10 +84,34 @@ def test_the_table_gives_means_over_seeds_with_their_spread() -> None:
     assert "| gnn | 2.4999 | 5.00 MB | 42.0 ± 2.0 | 3 | 2.0 |" in table(results, ["A"])
 
 
-def test_rows_of_another_recipe_are_neither_mixed_in_nor_lost(tmp_path: Path) -> None:
+def test_rows_that_were_measured_otherwise_are_neither_mixed_in_nor_lost(tmp_path: Path, monkeypatch) -> None:
     path, measured = tmp_path / "ablation.json", {"gnn/2.5/0": {"method": "gnn"}}
-    assert read_results(path, Recipe()) == {}
-    write_results(path, Recipe(), measured)
-    assert read_results(path, Recipe()) == measured
-    with pytest.raises(click.UsageError, match=rf"another recipe \(trials {Recipe.trials}, now 7\); give another -o"):
-        read_results(path, Recipe(trials=7))
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text("one")
+    other.write_text("other")
+    settings = settings_of("folder/model", str(one), {"A": one}, 30)
+    assert read_results(path, settings) == {}
+    write_results(path, settings, measured)
+    assert read_results(path, settings_of("elsewhere/model", str(one), {"A": one}, 30)) == measured
+    for changed in (
+        ("folder/model-2", str(one), {"A": one}, 30),
+        ("folder/model", str(other), {"A": one}, 30),
+        ("folder/model", str(one), {"A": other}, 30),
+        ("folder/model", str(one), {"A": one, "B": one}, 30),
+        ("folder/model", str(one), {"A": one}, 20),
+    ):
+        with pytest.raises(click.UsageError, match="measured otherwise"):
+            read_results(path, settings_of(*changed))
+    monkeypatch.setattr(Recipe, "to_json", lambda self: {"trials": 7})
+    with pytest.raises(click.UsageError, match=rf"trials {Recipe.trials}, now 7.*; give another -o"):
+        read_results(path, settings_of("folder/model", str(one), {"A": one}, 30))
+
+
+def test_little_text_has_none_that_the_model_wrote(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Recipe] = []
+    monkeypatch.setattr(bench, "calibration", asked.append)
+    monkeypatch.setattr(bench, "_quantize", None)
+    for row in (Row("hessian", 2.5, samples=3), Row("hessian", 2.5)):
+        with pytest.raises(TypeError):
+            next(iter(bench.measure(row)))
+    assert [recipe.own_samples for recipe in asked] == [0, Recipe.own_samples]

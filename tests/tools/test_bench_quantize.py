@@ -6,9 +6,24 @@ from pathlib import Path
 
 import bench_quantize
 import pytest
-from bench_quantize import SIZES, Cost, Sample, costs, exponents, main, ratio_table, size_name, size_plot, stages_of_log
+from bench_quantize import (
+    SIZES,
+    Cost,
+    Sample,
+    Task,
+    costs,
+    exponents,
+    main,
+    prepare,
+    ratio_table,
+    size_name,
+    size_plot,
+    stages_of_log,
+)
 from click.testing import CliRunner, Result
-from tiny_models import text, write_llama
+from tiny_models import text, write_llama, write_model
+
+from mgptq_export.models import load_source
 
 STAGES = ["load", "calibrate", "allocate", "solve", "recover", "export", "check"]
 
@@ -58,6 +73,19 @@ def test_a_peer_that_is_named_must_be_there(folder: Path) -> None:
 def test_a_model_is_cut_to_layers_that_it_has(folder: Path) -> None:
     done = bench(folder, "--layers", "3")
     assert done.exit_code == 1 and "has 2, give 1 to as many" in done.output
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_models_whose_layers_have_types_are_cut(family: str, folder: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / family, family)
+    task = Task(str(tmp_path / family), 1, str(folder / "text.txt"), 2, 32)
+    assert len(prepare(task, tmp_path / "cut")) == 2
+    assert len(load_source(str(tmp_path / "cut")).layers) == 1
+
+
+def test_a_model_that_cannot_be_written_is_an_error_in_a_line(folder: Path, tmp_path: Path) -> None:
+    done = bench(folder, "--model", str(write_model(tmp_path / "phi3", "phi3")))
+    assert done.exit_code == 1 and "another family" in done.output
 
 
 def test_a_model_that_is_not_there_is_an_error_in_a_line(folder: Path) -> None:
