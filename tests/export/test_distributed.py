@@ -25,7 +25,7 @@ from mgptq_export import cli as command
 from mgptq_export import pipeline
 from mgptq_export.allocation.linear import NEIGHBOURS
 from mgptq_export.checkpoint import read_checkpoint
-from mgptq_export.distributed import World
+from mgptq_export.distributed import World, _pack
 from mgptq_export.launch import Launch
 from mgptq_export.layouts import LAYOUTS, stacked_rows
 from mgptq_export.manifest import read_manifest, verify
@@ -244,6 +244,12 @@ def test_ranks_exchange_what_the_formula_says(desk, counted):
     least = sum(map(gathered_bytes, (read_checkpoint(counted / layout.folder).model for layout in LAYOUTS.values())))
     exchanges = 1 + len(shape.groups()) + layers + math.ceil(len(shape.linear_kinds()) * layers / 2)
     assert least <= gathered <= least + len(LAYOUTS) * exchanges * 2 * OBJECT_BYTES
+
+
+def test_what_is_sent_is_hardly_more_than_its_bytes():
+    sent = np.random.default_rng(0).integers(0, 256, 1_000_000, dtype=np.uint8)
+    packed = _pack({"data": sent})
+    assert len(packed) <= sent.nbytes + OBJECT_BYTES
 
 
 def gathered_bytes(model: QuantizedModel) -> int:
