@@ -1,5 +1,6 @@
 """Uploading a package to the Hugging Face hub."""
 
+import glob
 from pathlib import Path
 
 import httpx2
@@ -9,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from mgptq_export.manifest import read_manifest, verify
 from mgptq_runtime.errors import BadInputError, PackageError
+from mgptq_runtime.package import MANIFEST_FILE
 
 __all__ = ["push"]
 
@@ -42,7 +44,10 @@ def push(package: Path, repository: str, *, private: bool = False, endpoint: str
         api = HfApi(endpoint=endpoint)
         api.create_repo(repository, private=private, exist_ok=True)
         message = f"{manifest['name']} at {manifest['bits']['stored']:.4g} bits"
-        return str(api.upload_folder(repo_id=repository, folder_path=package, commit_message=message))
+        listed = [glob.escape(name) for name in (MANIFEST_FILE, *(file["path"] for file in manifest["files"]))]
+        return str(
+            api.upload_folder(repo_id=repository, folder_path=package, commit_message=message, allow_patterns=listed)
+        )
     except HFValidationError as error:
         raise BadInputError(f"{repository} is no name for a repository: {error}; give OWNER/NAME") from error
     except HfHubHTTPError as error:

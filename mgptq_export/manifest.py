@@ -7,7 +7,7 @@ from typing import Any
 from mgptq_export.layouts import LAYOUTS
 from mgptq_export.output import MANIFEST_KEYS
 from mgptq_runtime.errors import PackageError
-from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, file_sha256
+from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, file_sha256, is_hidden, read_file_entry
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
 __all__ = ["listed_files", "read_manifest", "verify", "verify_files"]
@@ -30,8 +30,8 @@ def read_manifest(package: Path) -> dict[str, Any]:
             raise TypeError("bits or targets are not what this program writes")
         if not (isinstance(manifest["layouts"], dict) and len(manifest["layouts"].keys() & LAYOUTS.keys()) > 0):
             raise TypeError("layouts are not what this program writes")
-        if not all(isinstance(file["path"], str) and file["sha256"] and file["bytes"] >= 0 for file in files):
-            raise TypeError("files are not what this program writes")
+        for file in files:
+            read_file_entry(file)
     except OSError as error:
         found = f"holds no {MANIFEST_FILE}" if package.is_dir() else "is no folder"
         raise PackageError(
@@ -47,11 +47,14 @@ def read_manifest(package: Path) -> dict[str, Any]:
 def verify(package: Path) -> list[dict[str, str]]:
     """What of a package is not as its manifest says: ``path`` and ``problem`` of every such file.
 
+    Hidden files that others put there, such as the hub's, are no difference.
+
     Raises:
         PackageError: there is no manifest.
     """
     listed = {file["path"]: file for file in read_manifest(package)["files"]}
-    present = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()} - {MANIFEST_FILE}
+    found = (path.relative_to(package) for path in package.rglob("*") if path.is_file())
+    present = {path.as_posix() for path in found if not is_hidden(path)} - {MANIFEST_FILE}
     problems = {path: _problem(package, file) for path, file in listed.items()}
     problems |= dict.fromkeys(present - listed.keys(), "is not in the manifest")
     return [{"path": path, "problem": problem} for path, problem in sorted(problems.items()) if problem]

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from mgptq_runtime.backends import Backend
@@ -92,7 +92,17 @@ class Manifest:
     values: Mapping[str, Any]
 
 
-def _read_file_entry(entry: Any) -> FileEntry:
+def is_hidden(relative: PurePath) -> bool:
+    """Whether a file below a package's folder is none of the package's: git's, the hub's, the system's; dots tell."""
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def read_file_entry(entry: Any) -> FileEntry:
+    """A file that a manifest lists.
+
+    Raises:
+        PackageError: no such entry, or a path that is not plainly inside the package.
+    """
     if not isinstance(entry, dict):
         raise PackageError(f"{MANIFEST_FILE}: an entry of files is {entry!r}, it must be an object; {WAY_OUT}")
     path, size, sha256 = entry.get("path"), entry.get("bytes"), entry.get("sha256")
@@ -127,7 +137,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise PackageError(
             f"{path} needs a name, a list of files, and objects check and check.bounds if any; {WAY_OUT}"
         )
-    entries = [_read_file_entry(entry) for entry in files]
+    entries = [read_file_entry(entry) for entry in files]
     by_path = {entry.path: entry for entry in entries}
     if len(by_path) != len(entries):
         raise PackageError(f"{path} lists a file twice; {WAY_OUT}")
@@ -214,7 +224,9 @@ class Package:
     def _entry(self, relative: str) -> FileEntry:
         assert self.manifest is not None
         if relative not in self.manifest.files:
-            raise PackageError(f"{self.path / relative} is not listed in {MANIFEST_FILE}; export the package again")
+            raise PackageError(
+                f"{self.path / relative} is not listed in {MANIFEST_FILE}; remove it, or export the package again"
+            )
         return self.manifest.files[relative]
 
     def _open(self, relative: str) -> BufferedReader:
@@ -269,7 +281,8 @@ class Package:
         """
         assert self.manifest is not None
         folder = self.path / ONNX_FOLDER
-        present = {path.relative_to(self.path).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        files = (path.relative_to(self.path) for path in folder.rglob("*") if not path.is_dir())
+        present = {path.as_posix() for path in files if not is_hidden(path)}
         listed = {path for path in self.manifest.files if path.startswith(f"{ONNX_FOLDER}/")}
         for relative in sorted(present | listed):
             self._open(relative).close()
