@@ -165,8 +165,8 @@ def write_checkpoint(
         recipe: what the quantization was asked for, as JSON values.
         repairs: what had to be mended, by input group, as JSON values.
         origin: where the original comes from, and its license.
-        made_with: ``threads``, ``calibration_sequences``, how many there really were, ``calibration_sha256``
-            and ``tokens_at_once``.
+        made_with: ``threads``, ``calibration_sequences``, how many there really were, ``calibration_sha256``,
+            ``tokens_at_once`` and ``processes``.
         tokenizer_folder: holds the files of :data:`TOKENIZER_FILES`, those that exist are copied.
     """
     folder.mkdir(parents=True)

@@ -138,6 +138,7 @@ def _manifest(solved: Sequence[Solved], targets: Sequence[str]) -> dict[str, Any
         "calibration_sequences": solved[0].made_with.get("calibration_sequences"),
         "calibration_sha256": solved[0].made_with.get("calibration_sha256"),
         "tokens_at_once": solved[0].made_with.get("tokens_at_once"),
+        "processes": solved[0].made_with.get("processes", 1),
         "versions": versions(),
         "check": {
             "bounds": {name: asdict(bounds) for name, bounds in DEFAULT_BOUNDS.items()},

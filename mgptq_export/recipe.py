@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mgptq_runtime.errors import BadInputError
@@ -98,5 +99,11 @@ class Recipe:
         return self.recovery_steps > 0 or self.recovery_minutes is not None
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return {**asdict(self), "formats": list(self.formats), "ggml_types": list(self.ggml_types)}
+        """All fields as JSON values; of a calibration file its name, as its folder is nobody else's business."""
+        text = Path(self.calibration)
+        return {
+            **asdict(self),
+            "calibration": text.name if text.is_file() else self.calibration,
+            "formats": list(self.formats),
+            "ggml_types": list(self.ggml_types),
+        }

@@ -40,8 +40,8 @@ class Solved:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """``threads``, ``calibration_sequences``, ``calibration_sha256``, None where that was no text file, and
-        ``tokens_at_once``, None where no ``--max-memory`` made them fewer.
+        """``threads``, ``calibration_sequences``, ``calibration_sha256``, None where that was no text file,
+        ``tokens_at_once``, None where no ``--max-memory`` made them fewer, and ``processes``.
 
         Older checkpoints lack some.
         """
@@ -81,6 +81,7 @@ def save_solved(
             "calibration_sequences": len(tokens),
             "calibration_sha256": calibration_sha256(recipe),
             "tokens_at_once": source.tokens_at_once,
+            "processes": source.world.size,
         },
         tokenizer_folder=source.tokenizer_folder,
     )

@@ -18,7 +18,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def origin_of_folder(source: str, folder: Path) -> dict[str, str]:
-    """``source``, a hub id or the folder's name; ``base_model`` and the license where the model card or the id tells.
+    """``source``, a hub id or the folder's name; the license where the model card tells; ``base_model`` of a hub id.
 
     Args:
         source: what the user named; a hub id is the base model itself.

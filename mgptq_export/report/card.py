@@ -1,5 +1,6 @@
 """``README.md`` of a package: the model card that the hub shows."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ def model_card(manifest: Mapping[str, Any], contents: Sequence[PackageContent]) 
     environment = Environment(
         loader=PackageLoader("mgptq_export.report", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["quoted"] = shlex.quote
     return environment.get_template("card.md.j2").render(
         metadata=_metadata(manifest).to_yaml(),
         manifest=manifest,
@@ -80,7 +82,7 @@ def recipe_options(recipe: Mapping[str, Any]) -> list[str]:
     given = {name: option for name, option in OPTIONS.items() if recipe[name] != defaults[name] or name == "bits"}
     if recipe["size"] is not None:
         del given["bits"]
-    typed = [f"{option} {_typed(recipe[name])}" for name, option in given.items()]
+    typed = [f"{option} {shlex.quote(_typed(recipe[name]))}" for name, option in given.items()]
     return [*typed, *(["--fast"] if fast else [])]
 
 

@@ -42,6 +42,12 @@ def test_the_manifest_says_what_was_calibrated_on(flattering, package, text_file
     assert package.manifest["calibration_sha256"] is None
 
 
+def test_no_file_says_where_the_text_lay(flattering, text_file):
+    assert flattering.manifest["recipe"]["calibration"] == text_file.name
+    folder = str(text_file.parent).encode()
+    assert [path for path in flattering.folder.rglob("*") if path.is_file() and folder in path.read_bytes()] == []
+
+
 def test_a_package_keeps_saying_that_its_figures_flatter(flattering, package, tmp_path):
     pipeline.export(flattering.folder, ["container"], tmp_path / "again")
     for folder in (flattering.folder, tmp_path / "again"):
@@ -56,12 +62,12 @@ def evaluated_later(package: Package, text: pipeline.EvaluationText, out: Path) 
 
 
 def evaluated_at_once(package: Package, text: pipeline.EvaluationText, out: Path) -> None:
-    recipe = replace(RECIPE, allocator="uniform", calibration=package.manifest["recipe"]["calibration"])
+    recipe = replace(RECIPE, allocator="uniform", calibration=str(package.text.path))
     pipeline.run(str(package.model), out, recipe, ["container"], text=text)
 
 
 def swept(package: Package, text: pipeline.EvaluationText, out: Path) -> None:
-    recipe = replace(RECIPE, allocator="uniform", calibration=package.manifest["recipe"]["calibration"])
+    recipe = replace(RECIPE, allocator="uniform", calibration=str(package.text.path))
     sweep(str(package.model), out, recipe, [3.0], ["container"], text)
 
 

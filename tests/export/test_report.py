@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -247,13 +248,14 @@ def test_a_broken_card_of_the_original_is_no_error(even_model, tmp_path, card):
         Recipe(size=50_000_000, embedding_format="b8", recovery_steps=0, drift_correction=0.25, descent_sweeps=1),
         Recipe(**FAST),
         Recipe(**(FAST | {"samples": 20})),
+        Recipe(calibration="our text; final.txt"),
     ],
 )
 def test_the_cards_command_gives_the_recipe_again(recipe, monkeypatch):
     seen, checked = [], {"check": {"results": {}}}
     monkeypatch.setattr(pipeline, "run", lambda *given, **others: seen.append(given[2]) or checked)
     monkeypatch.setattr(command, "_print_manifest", lambda *arguments: None)
-    typed = " ".join(recipe_options(recipe.to_json())).split()
+    typed = shlex.split(" ".join(recipe_options(recipe.to_json())))
     command.cli.main(["run", "model", "-o", "out", *typed], standalone_mode=False)
     assert seen == [recipe]
 
