@@ -22,7 +22,7 @@ from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.recipe import ALLOCATORS, FAST, Recipe
 from mgptq_export.sizes import format_size, parse_size
 from mgptq_runtime.errors import MgptqError
-from mgptq_runtime.messages import error_line
+from mgptq_runtime.messages import error_line, printable
 from mgptq_runtime.signals import exit_at_once, exit_on_signals, ignore_signals
 
 __all__ = ["cli", "main"]
@@ -411,6 +411,8 @@ def export(package: Path, targets: list[str], out: Path | None, overwrite: bool,
 @TEXT
 @DEVICE
 @THREADS
+@MAX_MEMORY
+@TRUST
 @JSON
 @_reporting
 def evaluate(
@@ -421,6 +423,8 @@ def evaluate(
     windows: int,
     device: str,
     threads: int | None,
+    max_memory: int | None,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Compare PACKAGE with the original model: the checkpoint, and each export through its own runtime."""
@@ -429,7 +433,12 @@ def evaluate(
 
     _set_threads(threads)
     evaluation = pipeline.evaluate_package(
-        package, model, pipeline.EvaluationText(text, window, windows), device=device
+        package,
+        model,
+        pipeline.EvaluationText(text, window, windows),
+        device=device,
+        max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
     )
     if as_json:
         click.echo(json.dumps(evaluation))
@@ -526,7 +535,7 @@ def verify(package: Path, as_json: bool) -> None:
         click.echo(json.dumps({"passed": not differences, "differences": differences}))
     else:
         for one in differences:
-            click.echo(f"{one['path']} {one['problem']}")
+            click.echo(printable(f"{one['path']} {one['problem']}"))
         count = f"{len(differences)} difference{'s' * (len(differences) > 1)}"
         click.echo(count if differences else "all files are as the manifest says")
     if differences:
@@ -665,9 +674,9 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
     from mgptq_export.report.facts import mended  # imports torch
 
     console = Console()
-    table = Table("file", "MB", title=f"{manifest['name']} in {out}")
+    table = Table("file", "MB", title=escape(printable(f"{manifest['name']} in {out}")))
     for file in manifest["files"]:
-        table.add_row(file["path"], f"{file['bytes'] / 1e6:.2f}")
+        table.add_row(escape(printable(file["path"])), f"{file['bytes'] / 1e6:.2f}")
     console.print(table)
     size = manifest.get("size", {}).get("requested")
     for name, layout in manifest["layouts"].items():
@@ -697,10 +706,10 @@ def _exit_if_failed(manifest: dict[str, Any]) -> None:
 
 def _evaluation_table(evaluation: dict[str, Any]) -> Table:
     title = f"{evaluation['text']}, {evaluation['windows']} windows of {evaluation['window']} tokens"
-    table = Table("", "perplexity", "KL divergence", "top-1 agreement", title=title)
+    table = Table("", "perplexity", "KL divergence", "top-1 agreement", title=escape(printable(title)))
     for name, quality in evaluation["results"].items():
         table.add_row(
-            name,
+            escape(printable(name)),
             f"{quality['perplexity']:.3f}",
             f"{quality['kl_divergence']:.4f}",
             f"{quality['top1_agreement']:.2%}",
@@ -712,7 +721,7 @@ def main() -> None:
     """Entry point: errors that a user can meet end with one message and exit code 1."""
     exit_on_signals()
     try:
-        with typed_memory_errors():
+        with typed_memory_errors(resumable=False):
             cli.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()

@@ -124,6 +124,8 @@ def compare_packages(
         check_tokenizers()
         return _recorded_quality(sides)
 
+    # Before texts are written, which takes long: a window that does not fit costs nothing.
+    perplexity = _comparable(lambda: _perplexity(runners(), content, text)) if text else None
     return {
         **_both(_identity, sides),
         "sizes": _sizes(sides),
@@ -132,7 +134,7 @@ def compare_packages(
         "layouts": {name: _layout(sides, name) for name in LAYOUTS if any(name in side.checkpoints for side in sides)},
         "evaluation": _comparable(recorded),
         "generation": _comparable(lambda: _generation(runners(), prompts, tokens)) if tokens and prompts else None,
-        "perplexity": _comparable(lambda: _perplexity(runners(), content, text)) if text else None,
+        "perplexity": perplexity,
     }
 
 

@@ -25,11 +25,12 @@ WORDS = (
 
 
 @contextmanager
-def typed_memory_errors(needs: "Needs | None" = None) -> Iterator[None]:
+def typed_memory_errors(needs: "Needs | None" = None, *, resumable: bool = True) -> Iterator[None]:
     """Raise OutOfMemoryError where there is too little memory, whatever has been made of that on the way.
 
     Args:
         needs: of the model, where it is known, so that the message says how much would do.
+        resumable: whether what runs out of memory is a run, which has options against that.
     """
     try:
         yield
@@ -38,9 +39,9 @@ def typed_memory_errors(needs: "Needs | None" = None) -> Iterator[None]:
         if isinstance(error, OutOfMemoryError) or not _is_about_memory(cause):
             raise
         text = str(cause).strip()
+        advice = f"free some and go on with --resume{_what_fits(needs)}" if resumable else "free some, and try again"
         raise OutOfMemoryError(
-            f"there is too little memory ({text.splitlines()[0] if text else 'no details'}); free some and go on with "
-            f"--resume{_what_fits(needs)}"
+            f"there is too little memory ({text.splitlines()[0] if text else 'no details'}); {advice}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from mgptq_export.checkpoint import (
     tokenizer_files,
     unpack_model,
 )
+from mgptq_export.compute import compute_dtype
 from mgptq_export.distributed import ALONE, World, joined
 from mgptq_export.evaluation import Scorer, evaluate, evaluation_windows, torch_scorer
 from mgptq_export.history import History, layer_errors
@@ -192,15 +193,22 @@ def load_original(
         world: who works on it; the first rank fetches it from the hub before the others look for it.
     """
     weights = world.from_first(partial(count_model_weights, model))
-    on_cpu = device.split(":")[0] == "cpu"
-    memory = memory_for(weights, files, max_memory, launched().local_size) if on_cpu else IN_MEMORY
-    source = load_source(model, device=device, trust_remote_code=trust_remote_code, memory=memory)
+    source = _load_within(max_memory, weights, files, model, device, trust_remote_code)
     source.world = world
-    if memory.is_paged and max_memory is not None:
+    if source.memory.is_paged and max_memory is not None:
         _fit(source, max_memory, sequence_length)
     for target in targets:
         target_named(target).check_config(source.model.config)
     return source
+
+
+def _load_within(
+    max_memory: int | None, weights: int, files: Path, model: str, device: str, trust_remote_code: bool
+) -> SourceModel:
+    """A model, in files where that many weights do not fit into memory several times."""
+    on_cpu = device.split(":")[0] == "cpu"
+    memory = memory_for(weights, files, max_memory, launched().local_size) if on_cpu else IN_MEMORY
+    return load_source(model, device=device, trust_remote_code=trust_remote_code, memory=memory)
 
 
 def make_package(
@@ -322,8 +330,21 @@ def _check_solved_for(target: str, manifest: dict[str, Any], package: Path) -> N
         )
 
 
-def evaluate_package(package: Path, model: str, text: EvaluationText, *, device: str = "cpu") -> dict[str, Any]:
+def evaluate_package(
+    package: Path,
+    model: str,
+    text: EvaluationText,
+    *,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Compare a package's checkpoints and every backend that it runs on with the original model.
+
+    Args:
+        max_memory: bytes; where models do not fit, their weights lie in files beside the package.
+
+    The other arguments are those of :func:`run`.
 
     Returns:
         JSON values: the text and windows, and the quality by name (``original``, ``checkpoint``, ``numpy``, ...).
@@ -332,7 +353,8 @@ def evaluate_package(package: Path, model: str, text: EvaluationText, *, device:
     with stages(["load", "evaluate"]):
         with stage("load", brief=True):
             solved = read_solved(package, manifest)
-            source = load_source(model, device=device)
+            weights, files = count_model_weights(model), package.resolve().parent
+            source = _load_within(max_memory, weights, files, model, device, trust_remote_code)
         windows = text_windows(source, text, solved[0].made_with.get("calibration_sha256"))
         scorers = _checkpoint_scorers(source, solved) | _backend_scorers(package, manifest["targets"])
         return measure(text, windows, torch_scorer(source.model), scorers)
@@ -486,6 +508,7 @@ def identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dic
         "threads": torch.get_num_threads(),
         "max_memory": {"tokens_at_once": source.tokens_at_once},
         "device": str(source.model.device),
+        "computed_in": str(compute_dtype(source.model.device)),
         "processes": source.world.size,
         "versions": versions(),
     }

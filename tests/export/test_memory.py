@@ -203,6 +203,14 @@ def test_a_disk_that_is_full_once_sums_are_made_is_an_error_and_what_was_finishe
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
 
 
+def test_a_package_is_evaluated_in_files_as_it_is_in_memory(even_model, text_file, tmp_path):
+    pipeline.run(str(even_model), tmp_path / "out", RECIPE, ["container"])
+    text = pipeline.EvaluationText(text_file, 32, 2)
+    expected = pipeline.evaluate_package(tmp_path / "out", str(even_model), text)
+    assert pipeline.evaluate_package(tmp_path / "out", str(even_model), text, max_memory=1) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_files_are_used_where_memory_is_short(tmp_path):
     assert memory_for(10**6, tmp_path, 2**31) is IN_MEMORY
     assert memory_for(10**9, tmp_path, 2**31).is_paged
@@ -220,6 +228,12 @@ def test_files_are_used_where_memory_is_short(tmp_path):
 def test_too_little_memory_is_typed_and_says_what_would_fit(error):
     with pytest.raises(OutOfMemoryError, match="--max-memory"), typed_memory_errors():
         raise error
+
+
+def test_commands_that_cannot_be_resumed_are_not_told_to_be():
+    with pytest.raises(OutOfMemoryError, match="too little memory") as told, typed_memory_errors(resumable=False):
+        raise MemoryError
+    assert "--" not in str(told.value)
 
 
 def test_too_little_memory_is_seen_behind_what_was_made_of_it():

@@ -577,6 +577,32 @@ def test_verify_names_every_file_that_differs(copied):
     assert found["onnx/model.onnx.data"] == "is missing" and found["notes.txt"] == "is not in the manifest"
 
 
+def test_hidden_files_of_others_are_no_difference(copied):
+    """What the hub, git and systems leave in a folder."""
+    for name in (".gitattributes", ".cache/huggingface/x.lock", "onnx/.DS_Store", "onnx/._model.onnx"):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_text("theirs")
+    assert verify(copied) == []
+    assert open_package(copied).backend("onnx").name == "onnx"
+
+
+def test_a_path_that_no_package_has_is_a_typed_error(copied):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["files"][0]["path"] = "a\0b"
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PackageError, match="must be relative, inside the package"):
+        verify(copied)
+
+
+def test_a_strangers_paths_do_not_command_the_terminal(copied, main):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["name"] = "[/x]\x1b[2J"
+    manifest["files"][0]["path"] = "\x1b[2J\x1b[31m"
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    code, out, _ = main("verify", copied)
+    assert code == 1 and "\x1b" not in out and r"\x1b[2J\x1b[31m is missing" in out
+
+
 # Numerical trouble
 
 

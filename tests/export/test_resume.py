@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_runs import RECIPE
 from tiny_models import text, write_llama
 
@@ -181,6 +182,9 @@ def test_a_resumed_run_must_be_the_same_and_the_difference_is_named(model, text_
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "versions", lambda: {"torch": "9.9"})
         refused(r"versions\.torch was '2.* and is '9\.9'")
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "compute_dtype", lambda device: torch.float64)
+        refused(r"computed_in was .* and is 'torch\.float64'")
     text_file.write_text(text() + " More.")
     try:
         refused("text was")
