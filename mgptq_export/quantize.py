@@ -388,10 +388,11 @@ def _scales_at_limit(linear: QuantizedLinear) -> int:
     count = 0
     for segment in linear.segments:
         if segment.format in FORMATS:
-            scales, smallest = FORMATS[segment.format].unpack(segment.data)[1], limits.smallest_normal
+            scales = FORMATS[segment.format].unpack(segment.data)[1]
+            smallest = float(limits.smallest_normal)
         else:
             # ggml's may be subnormal, and are, where sub-blocks have scales of their own.
-            scales, smallest = GGML_FORMATS[segment.format].unpack(segment.data)[1].d, 0
+            scales, smallest = GGML_FORMATS[segment.format].unpack(segment.data)[1].d, 0.0
         size = np.abs(scales)
         count += int(((size >= limits.max) | (size <= smallest)).sum())
     return count
