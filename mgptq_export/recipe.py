@@ -63,7 +63,7 @@ class Recipe:
     drift_correction: float = 0.5
     descent_sweeps: int = 4
     seed: int = 0
-    trials: int = 3
+    trials: int = 2
     training_steps: int = 60
     recovery_steps: int = 180
     recovery_minutes: float | None = None

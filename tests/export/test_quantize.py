@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import RECIPE, Quantized
 from tiny_models import write_llama
 
+from mgptq_export.calibration import attribute
 from mgptq_export.checkpoint import read_checkpoint, write_checkpoint
 from mgptq_export.layouts import COLUMNS, columns
 from mgptq_export.models import SourceModel, load_quantized_weights, load_shape, load_source
@@ -69,6 +70,19 @@ def test_embedding_and_head_are_solved_once_however_many_trials_there_are(odd_mo
         (source.model.lm_head, result.model.head),
     ):
         assert torch.equal(module.weight, torch.from_numpy(solved.dequantize()))
+
+
+def test_a_trial_goes_through_the_layers_as_the_solution_will(even_model):
+    """On text that it is not measured on. What the hessian allocator's assignment is solved to is trusted."""
+    source = load_source(str(even_model))
+    recipe = replace(RECIPE, samples=16, own_samples=0, drift_correction=0.5, descent_sweeps=0)
+    calibration = calibrate(source, recipe)
+    original, working = source.copy(), source.copy()
+    first, *_ = quantize(source, recipe, calibration=calibration).decision.divergences
+    assert len(calibration.held_out) == 2
+    unseen = replace(calibration, tokens=calibration.tokens[2:])
+    quantize(working, replace(recipe, allocator="hessian"), calibration=unseen)
+    assert first == pytest.approx(attribute(original, working, calibration.held_out).divergence, rel=1e-6)
 
 
 # The budget
