@@ -39,9 +39,11 @@ def typed_memory_errors(needs: "Needs | None" = None, *, resumable: bool = True)
         if isinstance(error, OutOfMemoryError) or not _is_about_memory(cause):
             raise
         text = str(cause).strip()
-        advice = f"free some and go on with --resume{_what_fits(needs)}" if resumable else "free some, and try again"
+        what = text.splitlines()[0] if text else "no details"
         raise OutOfMemoryError(
-            f"there is too little memory ({text.splitlines()[0] if text else 'no details'}); {advice}"
+            f"there is too little memory ({what}); free some and go on with --resume{_what_fits(needs)}"
+            if resumable
+            else f"there is too little memory ({what}); free some, and try again"
         ) from error
 
 
