@@ -206,6 +206,16 @@ def test_configuration_that_contradicts_the_graph_is_refused(package, key, value
         OnnxBackend(package)
 
 
+@pytest.mark.parametrize("value", ["", "0", "-1", "x", "²", "9" * 40, "99999999"])
+def test_a_short_context_that_is_no_number_or_beyond_the_context_is_refused(package, value):
+    path = package / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    graph.metadata_props.add(key="mgptq.short_context", value=value)
+    onnx.save(graph, path)
+    with pytest.raises(PackageError, match=r"mgptq\.short_context is .*, it must be a number of 1 to"):
+        OnnxBackend(package)
+
+
 def test_linked_weights_outside_the_package_are_refused(package, tmp_path):
     shutil.move(package / "model.onnx.data", tmp_path / "elsewhere")
     (package / "model.onnx.data").symlink_to(tmp_path / "elsewhere")
