@@ -136,7 +136,7 @@ def _attempt(
 
     Where drift is corrected, layers make up for much of what those before them lose, and other formats are worth their
     bits than where they do not: a trial goes through the layers in turn then, as the solution will, on a part of the
-    text. Without, the original's activations tell allocations apart as well, in a third of the time.
+    text. Without, it is fitted to the original's activations, which are at hand, in a third of the time.
     """
     working = source.copy()
     # To go over codes again would lower what all allocations lose, and take as long as the trial.

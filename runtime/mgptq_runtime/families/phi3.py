@@ -35,12 +35,12 @@ class Phi3(Decoder):
         return self.sliding_window
 
     @property
-    def _has_long_frequencies(self) -> bool:
-        return self.original_context < self.context_length
-
-    @property
     def short_context(self) -> int:
         return min(self.original_context, self.context_length)
+
+    @property
+    def _has_long_frequencies(self) -> bool:
+        return self.short_context < self.context_length
 
     @property
     def frequency_tensors(self) -> tuple[str, ...]:
@@ -48,5 +48,5 @@ class Phi3(Decoder):
         return (*short, LONG_FREQUENCIES) if self._has_long_frequencies else short
 
     def frequencies_of(self, layer: int, positions: int) -> str:
-        is_long = self._has_long_frequencies and positions > self.original_context
+        is_long = self._has_long_frequencies and positions > self.short_context
         return LONG_FREQUENCIES if is_long else super().frequencies_of(layer, positions)
