@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -9,25 +10,49 @@ from urllib.parse import urlparse
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-__all__ = ["origin_of_folder", "origin_of_gguf"]
+__all__ = ["HubReference", "hub_reference", "origin_of_folder", "origin_of_gguf"]
 
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
 LICENSE_KEYS = ("license", "license_name", "license_link")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """Attributes:
+    id: ``OWNER/NAME`` on the hub.
+    revision: a branch, tag or commit; None for the newest.
+    """
+
+    id: str
+    revision: str | None
+
+
+def hub_reference(source: str) -> HubReference | None:
+    """What ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` means; None of anything else."""
+    name, at, revision = source.partition("@")
+    if not HUB_ID.fullmatch(name) or (at and not revision):
+        return None
+    return HubReference(name, revision or None)
 
 
 def origin_of_folder(source: str, folder: Path) -> dict[str, str]:
     """``source``, a hub id or the folder's name; the license where the model card tells; ``base_model`` of a hub id.
 
     Args:
-        source: what the user named; a hub id is the base model itself.
+        source: what the user named; a hub id is the base model itself, and gets the commit that was fetched.
+        folder: of the files; of a hub id, where the hub's cache has them.
     """
     found = _read_card(folder / CARD)
     license_facts = {key: found[key] for key in LICENSE_KEYS if _is_line(found.get(key))}
-    if Path(source).exists():
+    reference = hub_reference(source)
+    if Path(source).exists() or reference is None:
         return {"source": folder.resolve().name, **license_facts}
-    return {"source": source, "base_model": source, **license_facts}
+    commit = folder.name if COMMIT.fullmatch(folder.name) else reference.revision
+    pinned = f"{reference.id}@{commit}" if commit else reference.id
+    return {"source": pinned, "base_model": reference.id, **license_facts}
 
 
 def origin_of_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from mgptq_export.models.gguf_file import read_gguf_file
 from mgptq_export.models.gguf_source import read_gguf_config, read_gguf_weights
 from mgptq_export.models.gguf_tokenizer import write_gguf_tokenizer
 from mgptq_export.models.hyperparameters import COUNTS, check_hyperparameters
-from mgptq_export.models.origin import origin_of_folder, origin_of_gguf
+from mgptq_export.models.origin import hub_reference, origin_of_folder, origin_of_gguf
 from mgptq_export.models.weight_files import count_weights, read_weights
 from mgptq_runtime.errors import BadInputError, NumericalError, UnsupportedModelError
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, Segment
@@ -123,7 +123,7 @@ def load_source(
     """Load a model.
 
     Args:
-        source: a Hugging Face folder, a GGUF file or a hub id.
+        source: a Hugging Face folder, a GGUF file or a hub id, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
         device: where the model goes, a torch device.
         trust_remote_code: run code that the model's folder brings.
         memory: keeps the weights.
@@ -178,7 +178,7 @@ def check_local(source: str) -> None:
     Raises:
         BadInputError: no file or folder with a model's configuration and weights, and no hub id.
     """
-    if Path(source).is_file() or Path(source).is_dir() or not _looks_like_hub_id(source):
+    if Path(source).is_file() or Path(source).is_dir() or hub_reference(source) is None:
         count_model_weights(source)
 
 
@@ -197,17 +197,18 @@ def _model_path(source: str, *, weights: bool, code: bool) -> Path:
     path = Path(source)
     if path.is_file() or path.is_dir():
         return path
-    if not _looks_like_hub_id(source):
+    reference = hub_reference(source)
+    if reference is None:
         raise BadInputError(
             f"{source} is no model: give a folder with config.json and safetensors, a .gguf file, "
-            "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            "or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, with @ and a revision behind it if need be"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.jinja", "README.md", *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(reference.id, revision=reference.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise BadInputError(
             f"{source} is neither a folder or file here nor a model that the hub can give ({error})"
@@ -215,8 +216,10 @@ def _model_path(source: str, *, weights: bool, code: bool) -> Path:
 
 
 def _model_name(source: str) -> str:
-    """The last part of the path; of a GGUF file without its type: ``Llama-3.2-1B`` of ``Llama-3.2-1B.Q4_K_M.gguf``."""
-    name = Path(source).resolve().name
+    """The last part of the path or hub id; of a GGUF file without its type: ``Llama-3.2-1B`` of
+    ``Llama-3.2-1B.Q4_K_M.gguf``."""
+    path, reference = Path(source), hub_reference(source)
+    name = path.resolve().name if path.exists() or reference is None else reference.id.split("/")[1]
     return re.sub(r"(\.(I?Q\d\w*|B?F16|F32))?\.gguf$", "", name, flags=re.IGNORECASE)
 
 
@@ -250,11 +253,6 @@ def load_dequantized(source: SourceModel, module: Any, linear: QuantizedLinear) 
         part = replace(linear, rows=rows.stop - rows.start, segments=segments)
         weight[rows] = torch.from_numpy(part.dequantize()).to(weight.device)
     source.memory.release(weight)
-
-
-def _looks_like_hub_id(source: str) -> bool:
-    parts = source.split("/")
-    return len(parts) == 2 and all(part and not part.startswith(".") for part in parts) and "\\" not in source
 
 
 def _check_finite(model: nn.Module, memory: Memory, source: str) -> None:

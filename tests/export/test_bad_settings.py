@@ -187,7 +187,7 @@ def test_code_is_run_only_when_it_is_trusted(load: Callable[..., Any], with_code
 def test_code_is_fetched_only_when_it_is_trusted(trusted: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def snapshot_download(source: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(source: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.extend(allow_patterns)
         return str(folder)
 

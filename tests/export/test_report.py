@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,24 @@ def test_license_and_base_model_are_carried_over(even_model, tmp_path):
     pipeline.run(str(model), tmp_path / "out", RECIPE, ["container"])
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.license, data.license_name) == ("other", "house-rules")
+
+
+def test_a_model_of_the_hub_is_named_with_the_commit_that_was_fetched(even_model, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    fetched = shutil.copytree(even_model, tmp_path / "snapshots" / commit)
+    asked = set()
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.add((name, revision))
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    manifest = pipeline.run("someone/small-model@v1.0", tmp_path / "out", RECIPE, ["container"])
+    assert asked == {("someone/small-model", "v1.0")}
+    assert manifest["name"] == "small-model"
+    assert manifest["origin"] == {"source": f"someone/small-model@{commit}", "base_model": "someone/small-model"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"mgptq-export run someone/small-model@{commit} " in card and "\nbase_model: someone/small-model\n" in card
 
 
 @pytest.mark.parametrize("card", ["", "---\n: :\n- [\n---\n", "---\nlicense: 7\n---\n", "no metadata"])
