@@ -22,6 +22,7 @@ from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.recipe import ALLOCATORS, FAST, Recipe
 from mgptq_export.sizes import format_size, parse_size
 from mgptq_runtime.errors import MgptqError
+from mgptq_runtime.formats import GGML_FORMATS
 from mgptq_runtime.messages import error_line, printable
 from mgptq_runtime.signals import exit_at_once, exit_on_signals, ignore_signals
 
@@ -88,6 +89,7 @@ def _count(name: str, least: int, text: str) -> Callable[[Any], Any]:
 def _reporting(function: Callable[..., None]) -> Callable[..., None]:
     """The options that say what a command tells while it works; they go next to the function."""
 
+    @click.option("-v", "--verbose", is_flag=True, help="Log what happens inside, on stderr.")
     @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but warnings and errors.")
     @click.option(
         "--log-file",
@@ -95,13 +97,15 @@ def _reporting(function: Callable[..., None]) -> Callable[..., None]:
         help="Append everything that happens, with the time, to this file; with --quiet, too.",
     )
     @wraps(function)
-    def command(*arguments: Any, quiet: bool, log_file: Path | None, **options: Any) -> None:
+    def command(*arguments: Any, verbose: bool, quiet: bool, log_file: Path | None, **options: Any) -> None:
         context = click.get_current_context()
-        inherited = context.parent.params["log_file"] if context.parent else None
-        _check_outside(log_file or inherited, options)
+        inherited: dict[str, Any] = context.parent.params if context.parent else {}
+        _check_outside(log_file or inherited.get("log_file"), options)
         is_first = launched().rank == 0
         if log_file and is_first:
             context.with_resource(reporting.logged_to(log_file))
+        if verbose and is_first and not inherited.get("verbose"):
+            context.with_resource(reporting.verbose())
         if quiet or not is_first:
             context.with_resource(reporting.quiet())
         function(*arguments, **options)
@@ -129,12 +133,15 @@ TARGETS = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device, such as cpu or cuda.")
 THREADS = click.option("--threads", type=click.IntRange(1, 256), help="CPU threads. [default: all cores]")
-MAX_MEMORY = click.option(
-    "--max-memory",
-    callback=_bytes,
-    help="Such as 8GB. Where a model does not fit several times, weights and hidden states lie in files beside OUT; "
-    "where it is low, fewer tokens go through the model at once. "
-    "Under torchrun, of each process. [default: 80 % of what is free]",
+
+
+def _max_memory(text: str) -> Callable[[Any], Any]:
+    return click.option("--max-memory", callback=_bytes, help=f"Such as 8GB. {text} [default: 80 % of what is free]")
+
+
+MAX_MEMORY = _max_memory(
+    "Where a model does not fit several times, weights and hidden states lie in files beside OUT; where it is low, "
+    "fewer tokens go through the model at once. Under torchrun, of each process."
 )
 TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings.")
 JOB_OPTIONS = ("device", "overwrite", "resume", "max_memory", "trust_remote_code")
@@ -157,7 +164,7 @@ GGML_TYPES = click.option(
     "--ggml-types",
     default="",
     callback=_types,
-    help="Comma-separated tensor types for llama.cpp, such as q2_0,q4_0. [default: what suits the model]",
+    help=f"Comma-separated tensor types for llama.cpp, of {', '.join(GGML_FORMATS)}. [default: what suits the model]",
 )
 TEXT = _options(
     click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window."),
@@ -176,17 +183,25 @@ BUDGET = _options(
 )
 FAST_OPTIONS = ", ".join(f"--{name.replace('_', '-')} {FAST[name]:g}" for name in FAST if name != "training_steps")
 METHOD = _options(
-    click.option("--allocator", type=click.Choice(ALLOCATORS), default=Recipe.allocator, show_default=True),
+    click.option(
+        "--allocator",
+        type=click.Choice(ALLOCATORS),
+        default=Recipe.allocator,
+        show_default=True,
+        help="Who gets which bits: gnn learns from trials of the whole model; hessian goes by estimates, and is "
+        "quicker; uniform gives all the same.",
+    ),
     click.option(
         "--calibration",
         default=Recipe.calibration,
         show_default=True,
-        help="'self' (sampled from the model), a .txt or .jsonl file, or a hub data set.",
+        help="'self' (sampled from the model), a .txt or .jsonl file, or a hub data set OWNER/NAME: column text of "
+        "split train in its default configuration, the first 1000 documents.",
     ),
     _count("--samples", 1, "Calibration sequences."),
     _count("--own-samples", 0, "Calibration sequences that the model writes itself, beside those of a text."),
     _count("--sequence-length", 2, "Tokens per calibration sequence."),
-    click.option("--seed", type=int, default=Recipe.seed, show_default=True),
+    click.option("--seed", type=int, default=Recipe.seed, show_default=True, help="Of everything random."),
     click.option(
         "--embedding-format",
         default=Recipe.embedding_format,
@@ -223,12 +238,12 @@ RECIPE = _options(BUDGET, METHOD)
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mgptq-export")
-@click.option("-v", "--verbose", is_flag=True, help="Log what happens inside, on stderr.")
 @_reporting
-def cli(verbose: bool) -> None:
+def cli() -> None:
     """Quantize language models below 3 bits, export them to edge devices, and prove the result there.
 
-    MODEL is a Hugging Face folder or hub id, or a GGUF file. PACKAGE is a folder written by 'run' or 'quantize'.
+    MODEL is a Hugging Face folder or hub id (OWNER/NAME or OWNER/NAME@REVISION), or a GGUF file. PACKAGE is a folder
+    written by 'run' or 'quantize'.
     """
     context, launch = click.get_current_context(), launched()
     if launch.size > 1 and context.invoked_subcommand not in SHARED_COMMANDS:
@@ -236,10 +251,7 @@ def cli(verbose: bool) -> None:
             f"torchrun started {launch.size} processes, {context.invoked_subcommand} is for one; commands that several "
             f"share: {', '.join(SHARED_COMMANDS)}"
         )
-    if launch.rank == 0:
-        context.with_resource(reporting.log_to_stderr(verbose=verbose))
-    else:
-        context.with_resource(reporting.log_to_stderr(verbose=False, least=logging.ERROR))
+    reporting.log_to_stderr(logging.ERROR if launch.rank else logging.WARNING)
 
 
 @cli.command()
@@ -411,7 +423,7 @@ def export(package: Path, targets: list[str], out: Path | None, overwrite: bool,
 @TEXT
 @DEVICE
 @THREADS
-@MAX_MEMORY
+@_max_memory("Where the models do not fit, their weights lie in files beside PACKAGE.")
 @TRUST
 @JSON
 @_reporting

@@ -4,16 +4,17 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mgptq_runtime import progress
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.messages import error_message
 
-__all__ = ["log_to_stderr", "logged_to", "quiet"]
+__all__ = ["log_to_stderr", "logged_to", "quiet", "verbose"]
 
 WORKSTATION, RUNTIME = "mgptq_export", "mgptq_runtime"
+LINE = "%(levelname)s: %(message)s"
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +35,27 @@ def quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-@contextmanager
-def log_to_stderr(*, verbose: bool, least: int = logging.WARNING) -> Iterator[None]:
-    """Show warnings in this block, and with ``verbose`` what the workstation's package does inside.
-
-    Args:
-        least: level of what is shown anyway.
-    """
+def log_to_stderr(least: int = logging.WARNING) -> None:
+    """Show warnings from now on, or what is of another level at least."""
     handler = _OnStderr()
     # Not by levels, which a log file lowers.
-    handler.addFilter(lambda record: record.levelno >= least or (verbose and record.name.startswith(WORKSTATION)))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, format="%(levelname)s: %(message)s")
-    with _everything_of([WORKSTATION]) if verbose else nullcontext():
-        yield
+    handler.addFilter(lambda record: record.levelno >= least)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, format=LINE)
+
+
+@contextmanager
+def verbose() -> Iterator[None]:
+    """Show what the workstation's package does inside, besides warnings."""
+    handler = _OnStderr()
+    handler.setFormatter(logging.Formatter(LINE))
+    handler.addFilter(lambda record: record.levelno < logging.WARNING)
+    package = logging.getLogger(WORKSTATION)
+    package.addHandler(handler)
+    try:
+        with _everything_of([WORKSTATION]):
+            yield
+    finally:
+        package.removeHandler(handler)
 
 
 @contextmanager

@@ -69,14 +69,19 @@ def _with_backends(command: Callable[..., None]) -> Callable[..., None]:
 
 def _backend_options(command: Callable[..., None], level: str | None) -> Callable[..., None]:
     options = (
-        click.option("--backend", type=click.Choice(["numpy", "onnx"]), help=f"Default: {'onnx' if level else 'all'}."),
+        click.option(
+            "--backend",
+            type=click.Choice(["numpy", "onnx"]),
+            help=f"Default: {'onnx where the package has it, else numpy' if level else 'all that the package has'}.",
+        ),
         click.option(
             "--accuracy-level",
             type=click.Choice(["0", "4"]),
             default=level,
-            show_default=level or "both",
+            show_default=level is not None,
             callback=lambda ctx, parameter, value: None if value is None else int(value),
-            help="ONNX only: 4 computes b1 and b2 weights with int8 activations (fast), 0 all with float32 (exact).",
+            help="ONNX only: 4 computes b1 and b2 weights with int8 activations (fast), 0 all with float32 (exact)."
+            + ("" if level else " Default: both."),
         ),
         click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores."),
     )
@@ -173,11 +178,11 @@ def check(package: Path, backend: str | None, accuracy_level: int | None, thread
 @_with_json
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--chat", is_flag=True, help="Give the prompt as a user's message, through the chat template.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="To add, at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Draw among the k most likely; 0 for all.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw within this probability.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of drawing, where the temperature is above 0.")
 def generate(
     package: Path,
     backend: str | None,
@@ -277,8 +282,8 @@ def perplexity(
 @_with_package
 @_with_backend
 @_with_json
-@click.option("--prompt-tokens", type=int, default=128, show_default=True)
-@click.option("--decode-tokens", type=int, default=32, show_default=True)
+@click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Length of the prompt.")
+@click.option("--decode-tokens", type=int, default=32, show_default=True, help="How many are decoded after it.")
 @_with_quiet
 def bench(
     package: Path,

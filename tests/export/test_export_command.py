@@ -255,10 +255,11 @@ def test_a_package_that_fails_its_own_check_stays_and_ends_with_1(main, even_mod
     assert main("export", out, "--targets", "container")[0] == 1
 
 
-def test_the_log_goes_to_stderr(main, even_model, tmp_path):
-    code, out, _ = main("-v", "quantize", even_model, "-o", tmp_path / "out", *QUICK, "--json")
-    assert code == 0
-    assert json.loads(out)["targets"] == []
+@pytest.mark.parametrize("command", [["-v", "quantize", "-v"], ["quantize", "-v"], ["quantize"]])
+def test_details_go_to_stderr_where_they_are_asked_for(main, even_model, tmp_path, command):
+    code, out, err = main(*command, even_model, "-o", tmp_path / "out", *QUICK, "--json")
+    assert (code, json.loads(out)["targets"]) == (0, [])
+    assert err.count("DEBUG: kept ") == ("-v" in command)
 
 
 def test_verify_passes_or_fails_by_the_files(package, tmp_path):

@@ -174,7 +174,8 @@ def test_a_warning_comes_above_the_view(locale):
         "import logging\n"
         "from mgptq_export.reporting import log_to_stderr\n"
         "from mgptq_runtime.progress import stage, track\n"
-        "with log_to_stderr(verbose=False), stage('calibrate'), track('Measuring', 2):\n"
+        "log_to_stderr()\n"
+        "with stage('calibrate'), track('Measuring', 2):\n"
         "    logging.getLogger('mgptq_export.calibration').warning('few sequences')\n"
         "    logging.getLogger('mgptq_export.calibration').debug('a detail')\n"
     )
