@@ -22,7 +22,14 @@ from mgptq_runtime.check import DEFAULT_BOUNDS
 
 GUIDE = page("docs/guide.md")
 README = page("README.md")
-PAGES = ("README.md", "docs/guide.md", "docs/troubleshooting.md", "docs/targets.md", "docs/distributed.md")
+PAGES = (
+    "README.md",
+    "runtime/README.md",
+    "docs/guide.md",
+    "docs/troubleshooting.md",
+    "docs/targets.md",
+    "docs/distributed.md",
+)
 GROUPS = {"mgptq-export": export_command.cli, "mgptq-run": run_command.cli}
 
 # K-quants need rows of 256, and a budget below 3 bits needs types that fit.
@@ -103,6 +110,8 @@ def follow(words: Sequence[str], started: Sequence[str] | None = None) -> None:
         follow(["mgptq-export", *words[words.index("mgptq_export") + 1 :]])
     elif words[0] == "make":
         assert all(f"\n{target}: " in page("Makefile") for target in words[1:]), words
+    elif words[:2] == ["hf", "download"]:  # what was pushed comes back
+        shutil.copytree("FULL", words[words.index("--local-dir") + 1])
     elif words[:2] == ["pip", "install"]:
         assert all((ROOT / folder / "pyproject.toml").is_file() for folder in words[2:]), words
     else:
