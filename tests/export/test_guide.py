@@ -29,6 +29,7 @@ PAGES = (
     "docs/troubleshooting.md",
     "docs/targets.md",
     "docs/distributed.md",
+    "docs/memory.md",
 )
 GROUPS = {"mgptq-export": export_command.cli, "mgptq-run": run_command.cli}
 
