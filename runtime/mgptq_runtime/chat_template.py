@@ -96,21 +96,36 @@ def _resident_bytes(pid: int) -> int:
 
 def _render(template: str, messages: list[dict[str, str]], tokens: dict[str, str]) -> str:
     from jinja2 import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    class Generation(Extension):
+        """``{% generation %} ... {% endgeneration %}`` marks, for training, what the model writes."""
+
+        tags = {"generation"}  # noqa: RUF012  the base class declares it for instances
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
-    return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
+    # No tools is not the same as tools that are not defined.
+    return environment.from_string(template).render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens
+    )
 
 
 def _limit_memory() -> None:

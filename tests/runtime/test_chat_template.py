@@ -25,6 +25,21 @@ def test_a_template_sees_what_hugging_face_templates_use() -> None:
     assert json.loads(render_chat_template(template, MESSAGES, {})) == MESSAGES
 
 
+def test_no_tools_and_documents_are_none() -> None:
+    template = "{% if tools is not none or documents is not none %}tools{% endif %}{{ messages[0].content }}"
+    assert render_chat_template(template, MESSAGES, {}) == "Hi"
+
+
+def test_what_a_template_marks_for_training_is_text() -> None:
+    template = "{% for m in messages %}a{% generation %}{{ m.content }}{% endgeneration %}b{% endfor %}"
+    assert render_chat_template(template, MESSAGES, {}) == "aHib"
+
+
+def test_json_is_written_as_a_template_asks() -> None:
+    template = "{{ 'é' | tojson }}{{ 'é' | tojson(ensure_ascii=true) }}{{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}"
+    assert render_chat_template(template, MESSAGES, {}) == '"é""\\u00e9"{"a": 2, "b": 1}'
+
+
 def test_a_template_that_reads_the_clock_and_special_tokens_renders() -> None:
     text = render_chat_template("{{ bos_token }}{{ strftime_now('%Y') }}é", MESSAGES, {"bos_token": "<s>"})
     assert text == f"<s>{time.strftime('%Y')}é"
