@@ -19,6 +19,7 @@ MAX_MODEL_BYTES = 1 << 23
 MAX_SHARING, SMALL_TENSORS_BYTES = 3, 1 << 24
 
 MAX_HEADS = 512
+MAX_DIMENSIONS = 8
 # ONNX Runtime narrows attributes to 32 bits.
 MAX_INTEGER = (1 << 31) - 1
 
@@ -109,6 +110,8 @@ def _read_tensor(tensor: Message, name: str, weights_name: str | None, weights_b
     shape = tuple(tensor.integers(1))
     if element not in ELEMENT_BYTES:
         raise ValueError(f"tensor {name!r} has element type {element}, allowed are {sorted(ELEMENT_BYTES)}")
+    if len(shape) > MAX_DIMENSIONS:  # their product would take hours
+        raise ValueError(f"tensor {name!r} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are allowed")
     count = math.prod(shape)
     size = count * ELEMENT_BYTES[element]
     if (tensor.integer(14) or 0) == EXTERNAL or tensor.has(13):

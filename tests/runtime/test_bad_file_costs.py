@@ -144,9 +144,13 @@ def varint(value: int) -> bytes:
 
 
 NODE = field(1, field(4, b"Mul") + field(3, b"n"))
-TENSOR = field(
-    5, field(8, b"t") + b"".join(varint(1 << 3) + varint(2**62) for _ in range(100)) + varint(2 << 3) + varint(1)
-)
+
+
+def tensor(dimensions: int) -> bytes:
+    """Its dimensions are as large as they can be."""
+    return field(5, field(8, b"t") + field(1, varint(2**62) * dimensions) + varint(2 << 3) + varint(1))
+
+
 MANY_NODES = field(7, NODE * 131_000)
 MANY_FIELDS = field(7, NODE + b"\x48\x00" * (1 << 21))
 
@@ -168,7 +172,11 @@ BAD_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "deep manifest": (manifest(b"[" * 8_000_000), "PackageError: .*nested too deeply"),
     "model of many nodes": (onnx(MANY_NODES), "PackageError: .*fields|PackageError: .*cannot load"),
     "model of many fields": (onnx(MANY_FIELDS), "PackageError: .*fields"),
-    "model of a huge tensor": (onnx(field(7, NODE + TENSOR)), "PackageError: .*its shape"),
+    "model of a huge tensor": (onnx(field(7, NODE + tensor(8))), "PackageError: .*its shape"),
+    "model of a tensor of many dimensions": (
+        onnx(field(7, NODE + tensor(800_000))),
+        "PackageError: .*at most 8 are allowed",
+    ),
     "configuration of a billion layers": (
         onnx(
             field(7, NODE),
