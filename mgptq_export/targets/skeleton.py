@@ -166,7 +166,8 @@ def _linear(name: str, rows: int, columns: int, formats: Sequence[str]) -> Quant
 
 
 def _golden(layers: int, vocabulary: int, recipe: Recipe) -> GoldenVectors:
-    prompts, length = min(PROMPTS, recipe.samples), min(LENGTH, recipe.sequence_length)
+    sequences = recipe.samples + (0 if recipe.calibration == "self" else recipe.own_samples)
+    prompts, length = min(PROMPTS, sequences), min(LENGTH, recipe.sequence_length)
     shape = (prompts, length, min(TOP, vocabulary))
     arrays: dict[str, Any] = {
         "token_ids": np.zeros(shape[:2], np.int32),

@@ -236,6 +236,14 @@ def test_tensors_too_coarse_for_bits_are_no_obstacle_to_a_size(tmp_path):
     assert written(tmp_path / "out", "llama.cpp") <= size
 
 
+def test_few_samples_beside_own_text_are_no_surprise(even_model, text_file, tmp_path):
+    """Golden vectors are taken of both."""
+    recipe = replace(QUICK, calibration=str(text_file), samples=1, own_samples=4)
+    size = plan_model(str(even_model), replace(recipe, bits=2.5), ["container"])["targets"]["container"]["model_bytes"]
+    manifest = pipeline.run(str(even_model), tmp_path / "out", replace(recipe, size=size), ["container"])
+    assert written(tmp_path / "out", "container") <= size and manifest["calibration_sequences"] == 5
+
+
 def test_the_size_travels_with_the_container(even_model, tmp_path):
     size = size_for(even_model, "container", 2.5)
     pipeline.run(str(even_model), tmp_path / "out", replace(QUICK, size=size), ["container"])
