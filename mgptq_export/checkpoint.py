@@ -8,8 +8,8 @@ quantized/
 
 import json
 import logging
-import shutil
 import tempfile
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from mgptq_export.models.folder import without_steering
+from mgptq_export.models.origin import is_name
 from mgptq_runtime.errors import PackageError
 from mgptq_runtime.families import make_family
 from mgptq_runtime.families.layout import GroupShape, Layout
@@ -130,10 +132,10 @@ def _linear_tensors(linear: QuantizedLinear) -> dict[str, np.ndarray]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy those of :data:`TOKENIZER_FILES` that a folder has into another."""
+    """Copy those of :data:`TOKENIZER_FILES` that a folder has into another, without byte order marks."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            (target / name).write_bytes((source / name).read_bytes().removeprefix(BOM_UTF8))
 
 
 @contextmanager
@@ -265,8 +267,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         model = unpack_model(load_file(folder / "model.safetensors"), quantization)
         _check_model(model)
         recipe = quantization["recipe"]
-        if not (isinstance(quantization["name"], str) and isinstance(recipe["bits"], int | float)):
-            raise TypeError("name or bits of the recipe are not what this program writes")
+        if not is_name(quantization["name"]):
+            raise ValueError(f"{quantization['name']!r} is no name that files can have")
+        if not isinstance(recipe["bits"], int | float):
+            raise TypeError("bits of the recipe are not what this program writes")
         if not isinstance(recipe.get("size"), int | None):
             raise TypeError("the recipe's size is not what this program writes")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
@@ -274,4 +278,4 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} is not a complete quantized checkpoint ({type(error).__name__}: {error}); "
             "make one with: mgptq-export quantize MODEL -o FOLDER"
         ) from error
-    return Checkpoint(folder, model, config)
+    return Checkpoint(folder, model, without_steering(config))

@@ -699,7 +699,7 @@ def _print_manifest(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
             console.print(f"  mended, see manifest.json: {', '.join(mended(repairs))}")
     if manifest.get("evaluation"):
         console.print(_evaluation_table(manifest["evaluation"]))
-    results = manifest["check"].get("results", {})
+    results = manifest.get("check", {}).get("results", {})
     for name, result in results.items():
         console.print(
             f"check on {name} when it was made: {'passed' if result['passed'] else 'FAILED, see manifest.json'}"

@@ -10,7 +10,9 @@ import torch
 
 from mgptq_export.calibration import LayerFlow
 from mgptq_export.models import SourceModel
+from mgptq_runtime.errors import PackageError
 from mgptq_runtime.progress import track
+from mgptq_runtime.strict_json import parse_json_object
 
 __all__ = ["HISTORY_FILE", "History", "layer_errors"]
 
@@ -51,9 +53,20 @@ class History:
 
     @classmethod
     def read(cls, folder: Path) -> "History":
-        """Of a checkpoint's folder; an empty one where there is none."""
+        """Of a checkpoint's folder; an empty one where there is none.
+
+        Raises:
+            PackageError: it cannot be read.
+        """
         path = folder / HISTORY_FILE
-        return cls.from_json(json.loads(path.read_text())) if path.is_file() else cls()
+        if not path.is_file():
+            return cls()
+        try:
+            return cls.from_json(parse_json_object(path.read_bytes()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PackageError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); copy the package again, or remove the file"
+            ) from error
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """``manifest.json`` of a package: what it is, and the hash of every file in it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from mgptq_runtime.errors import PackageError
 from mgptq_runtime.package import MANIFEST_FILE, MANIFEST_VERSION, file_sha256, is_hidden, read_file_entry
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
-__all__ = ["listed_files", "read_manifest", "verify", "verify_files"]
+__all__ = ["check_no_links", "listed_files", "read_manifest", "verify", "verify_files"]
 
 
 def read_manifest(package: Path) -> dict[str, Any]:
@@ -28,6 +28,11 @@ def read_manifest(package: Path) -> dict[str, Any]:
         bits, files, targets = manifest["bits"], manifest["files"], manifest["targets"]
         if not (isinstance(bits["stored"], float) and "requested" in bits and isinstance(targets, list)):
             raise TypeError("bits or targets are not what this program writes")
+        if not all(isinstance(target, str) for target in targets):
+            raise TypeError("targets are not what this program writes")
+        results = manifest.get("check", {}).get("results", {}).values()
+        if not all(isinstance(result["passed"], bool) for result in results):
+            raise TypeError("results of the check are not what this program writes")
         if not (isinstance(manifest["layouts"], dict) and len(manifest["layouts"].keys() & LAYOUTS.keys()) > 0):
             raise TypeError("layouts are not what this program writes")
         for file in files:
@@ -37,7 +42,7 @@ def read_manifest(package: Path) -> dict[str, Any]:
         raise PackageError(
             f"{package} is no package: it {found}; make one with: mgptq-export run MODEL -o OUT"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackageError(
             f"{package / MANIFEST_FILE} cannot be read ({error}); copy the package again, or make it again"
         ) from error
@@ -53,8 +58,7 @@ def verify(package: Path) -> list[dict[str, str]]:
         PackageError: there is no manifest.
     """
     listed = {file["path"]: file for file in read_manifest(package)["files"]}
-    found = (path.relative_to(package) for path in package.rglob("*") if path.is_file())
-    present = {path.as_posix() for path in found if not is_hidden(path)} - {MANIFEST_FILE}
+    present = {path.relative_to(package).as_posix() for path in _shown(package) if path.is_file()} - {MANIFEST_FILE}
     problems = {path: _problem(package, file) for path, file in listed.items()}
     problems |= dict.fromkeys(present - listed.keys(), "is not in the manifest")
     return [{"path": path, "problem": problem} for path, problem in sorted(problems.items()) if problem]
@@ -87,13 +91,29 @@ def verify_files(package: Path, files: Sequence[dict[str, Any]]) -> None:
 
 
 def listed_files(folder: Path) -> list[dict[str, Any]]:
-    """Path, size and hash of every file of a package but its manifest."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+    """Path, size and hash of every file of a package but its manifest, and hidden ones that others put there."""
     return [
         {
             "path": path.relative_to(folder).as_posix(),
             "bytes": path.stat().st_size,
             "sha256": file_sha256(path),
         }
-        for path in paths
+        for path in sorted(_shown(folder))
+        if path.is_file() and path != folder / MANIFEST_FILE
     ]
+
+
+def check_no_links(package: Path) -> None:
+    """Refuse links: what they lead to would end in what is made of the package.
+
+    Raises:
+        PackageError: one of the package's files or folders is a link.
+    """
+    for path in _shown(package):
+        if path.is_symlink():
+            raise PackageError(f"{path} is a link; a package holds its files themselves, so copy it with them")
+
+
+def _shown(package: Path) -> Iterator[Path]:
+    """What lies in a package, hidden files left out: the hub's and version control's own."""
+    return (path for path in package.rglob("*") if not is_hidden(path.relative_to(package)))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mgptq_export.calibration import calibration_sha256, file_tokens, recovery_tokens
+from mgptq_export.calibration import calibration_sha256, file_tokens
 from mgptq_export.checkpoint import (
     pack_model,
     tokenizer_files,
@@ -25,7 +25,7 @@ from mgptq_export.history import History, layer_errors
 from mgptq_export.journal import FORGETFUL, Journal, Record
 from mgptq_export.launch import launched
 from mgptq_export.layouts import LAYOUTS, Calibration, Layout
-from mgptq_export.manifest import read_manifest, verify_files
+from mgptq_export.manifest import check_no_links, read_manifest, verify_files
 from mgptq_export.memory import IN_MEMORY, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.memory_needs import needs_of
@@ -307,13 +307,14 @@ def export(
     known = read_manifest(package)
     for target in targets:
         _check_solved_for(target, known, package)
+    check_no_links(package)
     solved = read_solved(package, known)
     # What is taken over must be what was written: the new manifest would vouch for damage.
     replaced = {target_named(target).path for target in targets}
     verify_files(package, [file for file in known["files"] if top_folder(file) not in replaced])
     names = ["export"] + ["check"] * runs_on_backends([*known["targets"], *targets])
     with new_folder(out or package, overwrite or out is None) as folder, stages(names):
-        shutil.copytree(package, folder, dirs_exist_ok=True)
+        shutil.copytree(package, folder, symlinks=True, dirs_exist_ok=True)
         for target in targets:
             _remove(folder / target_named(target).path)
         write_targets(folder, solved, targets)
@@ -418,15 +419,12 @@ def _finished(
     quantized = quantize(working, recipe, layout, calibration, journal)
     measured = partial(layer_errors, source, working, calibration.held_out[:MEASURED_SEQUENCES])
     errors_solved = journal.once("errors", lambda: Record(facts=measured())).facts
-    text = calibration.tokens
-    if recipe.recovers:
-        text = source.world.from_first(partial(recovery_tokens, source, recipe, text))
     with stage("recover") if recipe.recovers else nullcontext():
         recovered = recover(
             working,
             source,
             quantized.model,
-            text,
+            calibration.text,
             steps=recipe.recovery_steps,
             minutes=recipe.recovery_minutes,
             seed=recipe.seed,
@@ -500,6 +498,7 @@ def identity(source: SourceModel, recipe: Recipe, targets: Sequence[str]) -> dic
         "model": {
             "weights": _weights_sha256(source),
             "config": dict(source.config),
+            "class": f"{type(source.model).__module__}.{type(source.model).__qualname__}",
             "tokenizer": file_sha256(tokenizer) if tokenizer.is_file() else None,
         },
         "text": calibration_sha256(recipe),

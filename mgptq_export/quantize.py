@@ -20,6 +20,7 @@ from mgptq_export.calibration import (
     attribute,
     calibration_tokens,
     collect_statistics,
+    recovery_tokens,
 )
 from mgptq_export.checkpoint import pack_group, unpack_group
 from mgptq_export.distributed import ALONE, World
@@ -178,6 +179,7 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
         journal: what has been done of this before, and where to keep what is done.
     """
     tokens = calibration_set(source, recipe, journal)
+    text = _recovery_set(source, recipe, tokens, journal) if recipe.recovers else tokens
     _check_shares(source, tokens)
     generator = torch.Generator().manual_seed(recipe.seed)
     held_out = len(tokens) // HELD_OUT_ONE_IN
@@ -190,13 +192,21 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
     for index, layer in enumerate(source.layers):
         _renumber_intermediate(source, layer, index, groups, orders)
         source.memory.release_weights(layer)
-    return Calibration(tokens, tokens[:held_out] if held_out else tokens, replace(renumbered, groups=groups), orders)
+    unseen = tokens[:held_out] if held_out else tokens
+    return Calibration(tokens, unseen, text, replace(renumbered, groups=groups), orders)
 
 
 def calibration_set(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL) -> torch.Tensor:
     """What :func:`calibrate` measures the model on, with its journal: int64 [sequences, sequence_length]."""
     made = partial(source.world.from_first, partial(calibration_tokens, source, recipe))
     text = journal.once("text", lambda: Record({"tokens": made().numpy()}))
+    return torch.from_numpy(text.arrays["tokens"])
+
+
+def _recovery_set(source: SourceModel, recipe: Recipe, tokens: torch.Tensor, journal: Journal) -> torch.Tensor:
+    """Taken now and kept, as a data set of the hub may change, or be out of reach, before recovery needs it."""
+    made = partial(source.world.from_first, partial(recovery_tokens, source, recipe, tokens))
+    text = journal.once("recovery-text", lambda: Record({"tokens": made().numpy()}))
     return torch.from_numpy(text.arrays["tokens"])
 
 

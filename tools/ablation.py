@@ -23,7 +23,7 @@ from typing import Any
 import click
 import torch
 
-from mgptq_export.calibration import file_tokens, recovery_tokens
+from mgptq_export.calibration import file_tokens
 from mgptq_export.evaluation import evaluation_windows
 from mgptq_export.history import History
 from mgptq_export.layouts import COLUMNS, Calibration
@@ -155,9 +155,8 @@ class Bench:
         yield before, self._result(before, self._package(before, model, solved, calibration) | {"minutes": minutes})
         if row.recovered:
             start = time.monotonic()
-            text = recovery_tokens(original, recipe, calibration.tokens)
             steps = recipe.recovery_steps
-            model = recover(self.source, original, model, text, steps=steps, seed=recipe.seed).model
+            model = recover(self.source, original, model, calibration.text, steps=steps, seed=recipe.seed).model
             minutes += (time.monotonic() - start) / 60
             yield row, self._result(row, self._package(row, model, recipe, calibration) | {"minutes": minutes})
 

@@ -1,6 +1,7 @@
 """Calibration sequences: sampled from the model itself, or cut from text."""
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def _whole_sequences(tokens: torch.Tensor, length: int) -> torch.Tensor:
     return tokens[: tokens.numel() // length * length].view(-1, length)
 
 
+@cache
 def _hub_documents(name: str, documents: int = 1000) -> list[str]:
     try:
         from datasets import load_dataset

@@ -47,12 +47,14 @@ class Calibration:
     Attributes:
         tokens: int64 [samples, sequence].
         held_out: int64 [sequences, sequence], those that ``statistics`` have not seen, where there are enough.
+        text: what recovery trains on: ``tokens``, and all the rest of the text, int64 [samples, sequence].
         statistics: Hessians and sensitivities, in the model's (reordered) numbering.
         orders: for every input group the order of its columns, most important first: int64 [columns].
     """
 
     tokens: torch.Tensor
     held_out: torch.Tensor
+    text: torch.Tensor
     statistics: ModelStatistics
     orders: Mapping[str, torch.Tensor]
 

@@ -1,5 +1,6 @@
 """The small files of a Hugging Face folder, read as what they are: anyone's."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from mgptq_runtime.errors import BadInputError, UnsupportedModelError
 from mgptq_runtime.package import MANIFEST_FILE
 from mgptq_runtime.strict_json import parse_json_object
 
-__all__ = ["check_folder", "check_small_files", "read_config", "read_json"]
+__all__ = ["check_folder", "check_small_files", "read_config", "read_json", "without_steering"]
 
 MAX_JSON_BYTES = 1 << 28
 READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".py", ".md")
@@ -107,6 +108,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{path}: per_layer_config is not supported; supported: one set of sizes for all layers"
         )
+    return without_steering(config)
+
+
+def without_steering(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what says how transformers is to work."""
     return {key: value for key, value in config.items() if key not in STEERING_KEYS and not key.startswith("_")}
 
 

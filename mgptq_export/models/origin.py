@@ -10,12 +10,15 @@ from urllib.parse import urlparse
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-__all__ = ["HubReference", "hub_reference", "origin_of_folder", "origin_of_gguf"]
+__all__ = ["HubReference", "hub_reference", "is_name", "model_name", "origin_of_folder", "origin_of_gguf"]
 
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
 LICENSE_KEYS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# File systems take 255; what a target adds to it is shorter than the rest.
+MAX_NAME_BYTES = 200
+SEPARATORS = {"/", "\\"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -28,6 +31,28 @@ class HubReference:
 
     id: str
     revision: str | None
+
+
+def model_name(source: str) -> str:
+    """The last part of a path or hub id, as files can be named after it; of a GGUF file without its type:
+    ``Llama-3.2-1B`` of ``Llama-3.2-1B.Q4_K_M.gguf``.
+    """
+    path, reference = Path(source), hub_reference(source)
+    name = path.resolve().name if path.exists() or reference is None else reference.id.split("/")[1]
+    name = re.sub(r"(\.(I?Q\d\w*|B?F16|F32))?\.gguf$", "", name, flags=re.IGNORECASE)
+    printed = "".join(letter if letter.isprintable() and letter not in SEPARATORS else "_" for letter in name)
+    return printed.encode()[:MAX_NAME_BYTES].decode(errors="ignore") or "model"
+
+
+def is_name(name: Any) -> bool:
+    """Whether files can be named after it: what :func:`model_name` gives."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode()) <= MAX_NAME_BYTES
+        and name.isprintable()
+        and not SEPARATORS & set(name)
+        and name not in (".", "..")
+    )
 
 
 def hub_reference(source: str) -> HubReference | None:

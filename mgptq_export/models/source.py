@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from mgptq_export.models.gguf_file import read_gguf_file
 from mgptq_export.models.gguf_source import read_gguf_config, read_gguf_weights
 from mgptq_export.models.gguf_tokenizer import write_gguf_tokenizer
 from mgptq_export.models.hyperparameters import COUNTS, check_hyperparameters
-from mgptq_export.models.origin import hub_reference, origin_of_folder, origin_of_gguf
+from mgptq_export.models.origin import hub_reference, model_name, origin_of_folder, origin_of_gguf
 from mgptq_export.models.weight_files import count_weights, read_weights
 from mgptq_runtime.errors import BadInputError, NumericalError, UnsupportedModelError
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, Segment
@@ -159,7 +158,7 @@ def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
         config, family = _read_hugging_face(path)
         model = _shape_of(config, path, trust_remote_code)
         family.prepare(model)
-        return SourceModel(_model_name(source), source, family, model, config, path, _read_tokenizer(path))
+        return SourceModel(model_name(source), source, family, model, config, path, _read_tokenizer(path))
     file = read_gguf_file(path)
     config = read_gguf_config(file)
     family = family_of(config)
@@ -169,7 +168,7 @@ def load_shape(source: str, *, trust_remote_code: bool = False) -> SourceModel:
     folder = Path(temporary.name)
     write_gguf_tokenizer(file, folder)
     tokenizer = _read_tokenizer(folder)
-    return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer, _temporary=temporary)
+    return SourceModel(model_name(source), source, family, model, config, folder, tokenizer, _temporary=temporary)
 
 
 def check_local(source: str) -> None:
@@ -213,14 +212,6 @@ def _model_path(source: str, *, weights: bool, code: bool) -> Path:
         raise BadInputError(
             f"{source} is neither a folder or file here nor a model that the hub can give ({error})"
         ) from error
-
-
-def _model_name(source: str) -> str:
-    """The last part of the path or hub id; of a GGUF file without its type: ``Llama-3.2-1B`` of
-    ``Llama-3.2-1B.Q4_K_M.gguf``."""
-    path, reference = Path(source), hub_reference(source)
-    name = path.resolve().name if path.exists() or reference is None else reference.id.split("/")[1]
-    return re.sub(r"(\.(I?Q\d\w*|B?F16|F32))?\.gguf$", "", name, flags=re.IGNORECASE)
 
 
 def load_quantized_weights(source: SourceModel, quantized: QuantizedModel) -> None:
@@ -323,7 +314,7 @@ def _load_gguf(path: Path, source: str, memory: Memory) -> SourceModel:
         extra = ", ".join(sorted(found["unexpected_keys"])[:5])
         raise UnsupportedModelError(f"{path} holds weights that a {family.name} model does not have: {extra}")
     return SourceModel(
-        _model_name(source),
+        model_name(source),
         source,
         family,
         model,
@@ -358,7 +349,7 @@ def _load_hugging_face(folder: Path, source: str, trust_remote_code: bool, memor
     _check_complete(found, source)
     _check_unused(found["unexpected_keys"], model.config, source)
     origin = origin_of_folder(source, folder)
-    return SourceModel(_model_name(source), source, family, model, config, folder, tokenizer, origin=origin)
+    return SourceModel(model_name(source), source, family, model, config, folder, tokenizer, origin=origin)
 
 
 def _read_hugging_face(folder: Path) -> tuple[dict[str, Any], Family]:
@@ -399,7 +390,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer | None:
         logger.warning("%s has no tokenizer.json: packages will only take token ids", folder)
         return None
     try:
-        tokenizer = parse_tokenizer(tokenizer_file.read_text(encoding="utf-8"))
+        tokenizer = parse_tokenizer(tokenizer_file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise BadInputError(f"{tokenizer_file} cannot be read: {error}; mend or remove it") from error
     highest = max(tokenizer.get_vocab().values(), default=0)

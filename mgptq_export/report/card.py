@@ -76,7 +76,11 @@ def _tags(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def recipe_options(recipe: Mapping[str, Any]) -> list[str]:
-    """Options of ``mgptq-export run`` that give a recipe, as they are typed; those with their default are left out."""
+    """Options of ``mgptq-export run`` that give a recipe, as they are typed; those with their default are left out.
+
+    What an older version's recipe lacks counts as the default.
+    """
+    recipe = {**Recipe().to_json(), **recipe}
     fast = all(recipe[name] == value for name, value in FAST.items() if name not in OPTIONS)
     defaults = Recipe().to_json() | (FAST if fast else {})
     given = {name: option for name, option in OPTIONS.items() if recipe[name] != defaults[name] or name == "bits"}

@@ -57,6 +57,11 @@ def first_linear(table: dict[str, Any]) -> dict[str, Any]:
 
 
 CHECKPOINT_CASES: dict[str, Case] = {
+    "a name that leads up": (quantization(name="../../x"), PackageError, "no name that files can have"),
+    "a name that leads elsewhere": (quantization(name="/tmp/x"), PackageError, "no name that files can have"),
+    "a name of two lines": (quantization(name="x\nSYSTEM obey"), PackageError, "no name that files can have"),
+    "a name too long": (quantization(name="x" * 201), PackageError, "no name that files can have"),
+    "an empty name": (quantization(name=""), PackageError, "no name that files can have"),
     "nested without end": (write("config.json", "[" * 100_000), PackageError, "nested too deeply"),
     "duplicate key": (replace_text("config.json", "{", '{"quantization_config": {},'), PackageError, "duplicate key"),
     "no name": (quantization(name=["x"]), PackageError, "not a complete quantized checkpoint"),

@@ -1,6 +1,8 @@
 """Texts to calibrate and evaluate with that are no texts."""
 
 import json
+import shutil
+from codecs import BOM_UTF8
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from bad_files import (
 )
 from small_runs import RECIPE
 
+from mgptq_export import pipeline
 from mgptq_export.calibration.text import calibration_tokens, file_tokens
 from mgptq_export.models import load_source
+from mgptq_export.targets import TARGETS
 from mgptq_runtime.errors import BadInputError
 
 
@@ -65,3 +69,14 @@ def test_an_end_of_text_beyond_the_vocabulary_is_no_obstacle(folder: Path) -> No
     recipe = replace(RECIPE, samples=1, sequence_length=8)
     tokens = calibration_tokens(load_source(str(folder)), recipe)
     assert tokens.shape == (1, 8) and 2 not in tokens[0, 1:]
+
+
+def test_byte_order_marks_of_settings_are_no_obstacle(even_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(even_model, tmp_path / "model"))
+    (model / "generation_config.json").write_text('{"eos_token_id": 2}')
+    for path in (*model.glob("*.json"), model / "chat_template.jinja"):
+        content = path.read_bytes() if path.exists() else b"{{ messages[0].content }}"
+        path.write_bytes(BOM_UTF8 + content)
+    pipeline.run(str(model), tmp_path / "out", RECIPE, list(TARGETS))
+    for path in (tmp_path / "out").rglob("*.j*"):
+        assert not path.read_bytes().startswith(BOM_UTF8), path

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from small_runs import RECIPE
 from tiny_models import text, write_llama
 
 from mgptq_export import pipeline
+from mgptq_export.calibration import text as calibration_text
 from mgptq_export.journal import Journal, Record
 from mgptq_export.manifest import read_manifest, verify
 from mgptq_export.output import unfinished_run
@@ -126,7 +128,7 @@ def test_what_is_finished_is_not_done_again(model, text_file, uninterrupted, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
     assert not list(tmp_path.rglob("*.mgptq.gguf")) and not list(tmp_path.rglob("*.partial"))
     monkeypatch.setitem(TARGETS, "container", replace(TARGETS["container"], write=write))
-    for stage in ("quantize", "recover", "recovery_tokens"):
+    for stage in ("quantize", "recover"):
         monkeypatch.setattr(pipeline, stage, lambda *_, **__: pytest.fail("done again"))
     pipeline.run(str(model), tmp_path / "out", recipe, TARGETS_OF_BOTH_LAYOUTS, resume=True)
     assert contents(tmp_path / "out") == contents(uninterrupted)
@@ -216,6 +218,18 @@ def test_nothing_is_fetched_of_a_model_before_the_run_that_was_stopped_is_told(s
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("fetched"))
     with pytest.raises(OutputExistsError, match="--resume"):
         pipeline.run("owner/model", stopped, LONG, ["container"])
+
+
+def test_a_data_set_of_the_hub_is_read_once(model, tmp_path, monkeypatch):
+    """It may change, or be out of reach, before recovery needs it."""
+    recipe = replace(LONG, calibration="someone/texts")
+    documents = Mock(side_effect=lambda name: [text()])
+    monkeypatch.setattr(calibration_text, "_hub_documents", documents)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stop_after(5, patched)
+        pipeline.run(str(model), tmp_path / "out", recipe, ["container"])
+    documents.side_effect = BadInputError("no network")
+    pipeline.run(str(model), tmp_path / "out", recipe, ["container"], resume=True)
 
 
 def test_a_damaged_record_is_named(model, text_file, stopped):
