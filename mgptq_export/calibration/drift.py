@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mgptq_export.calibration.flow import HessianAccumulator, LayerFlow, StopForward
+from mgptq_export.calibration.flow import HessianAccumulator, LayerFlow, StopForward, add_products, counted_tokens
 from mgptq_export.compute import compute_dtype, multiplying_in
 from mgptq_export.families import GroupModules
 from mgptq_export.hooks import hooked
@@ -20,7 +20,8 @@ __all__ = ["DriftFlow", "Measured"]
 
 @dataclass(frozen=True)
 class Measured:
-    """What the linears of an input group read: ``x``, and ``x'`` in the original model, over ``n`` tokens.
+    """What the linears of an input group read: ``x``, and ``x'`` in the original model, over ``n`` tokens, of which
+    first ones count several times (:data:`mgptq_export.calibration.flow.FIRST_TOKEN_WEIGHT`).
 
     Attributes:
         hessian: ``2/n sum x x^T``, float32 [columns, columns].
@@ -53,7 +54,7 @@ class DriftFlow:
         mine = quantized.world.share(tokens)
         self._quantized = LayerFlow(quantized, mine)
         self._original = None if original is None else LayerFlow(original, mine)
-        self._tokens = tokens.numel()
+        self._tokens = counted_tokens(tokens)
         self._references: dict[str, list[torch.Tensor]] = {}
         self._branches: list[_Branch] = []
 
@@ -96,11 +97,11 @@ class DriftFlow:
                     reads.append(memory.keep(read))
                 if self._original is not None:
                     shown = output if point.shows is None else seen[point.shows]
-                    behind = (self._references[group.name][place] - shown).flatten(0, 1)
+                    behind = self._references[group.name][place] - shown
                     if drift is None:
-                        drift = memory.zeros(behind.shape[1], group.columns, device=behind.device)
+                        drift = memory.zeros(behind.shape[-1], group.columns, device=behind.device)
                     with multiplying_in(compute_dtype(behind.device)):
-                        drift.addmm_(behind.t(), read.flatten(0, 1).float(), alpha=2.0 / self._tokens)
+                        add_products(drift, behind, read.float(), scale=2.0 / self._tokens)
         if drift is not None:
             world.sum_(drift)
         self._references.pop(group.name, None)

@@ -17,28 +17,67 @@ from mgptq_export.models import SourceModel
 __all__ = ["HessianAccumulator", "LayerFlow", "StopForward"]
 
 
+# A sequence's first token is like no other: in most models it draws the attention of all that follow, and where
+# quantized layers distort it the whole text is lost. Of 512 it is one, too few for layers to be fitted to it.
+FIRST_TOKEN_WEIGHT = 16
+
+
 class HessianAccumulator:
     """``H = 2/n sum x x^T`` over the ``n`` activations that a linear reads (MG-PTQ's ``2 X X^T``).
 
     Activations are rounded as the linear itself rounds them, to the type that the model is computed in.
+
+    Args:
+        first_token_weight: how often the first token of every sequence counts.
     """
 
-    def __init__(self, columns: int, device: torch.device, world: World = ALONE, memory: Memory = IN_MEMORY) -> None:
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device,
+        world: World = ALONE,
+        memory: Memory = IN_MEMORY,
+        first_token_weight: int = FIRST_TOKEN_WEIGHT,
+    ) -> None:
         self._sum = memory.zeros(columns, columns, device=device)
         self._count = torch.zeros((), dtype=torch.int64)
         self._world = world
+        self._weight = first_token_weight
 
-    def add(self, activation: torch.Tensor) -> None:
-        """Add activations: float [..., columns]."""
-        rows = activation.detach().reshape(-1, activation.shape[-1]).float()
+    def add(self, activations: torch.Tensor) -> None:
+        """Add activations of whole sequences: float [batch, sequence, columns]."""
+        rows = activations.detach().float()
         with multiplying_in(compute_dtype(rows.device)):
-            self._sum.addmm_(rows.t(), rows)
-        self._count += rows.shape[0]
+            add_products(self._sum, rows, rows, first_token_weight=self._weight)
+        self._count += counted_tokens(rows, self._weight)
 
     def take(self) -> torch.Tensor:
         """The Hessian of what all ranks have added, float32 [columns, columns]; once, as it lies where the sum was."""
         self._world.sum_(self._sum, self._count)
         return self._sum.mul_(2.0 / max(int(self._count), 1))
+
+
+def add_products(
+    total: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float = 1.0,
+    first_token_weight: int = FIRST_TOKEN_WEIGHT,
+) -> None:
+    """Add ``scale sum w l r^T`` over the tokens of sequences, ``w`` being 1 but for the first token of each.
+
+    Args:
+        total: float32 [m, n].
+        left, right: float32 [batch, sequence, m] and [batch, sequence, n].
+    """
+    total.addmm_(left.flatten(0, 1).t(), right.flatten(0, 1), alpha=scale)
+    if first_token_weight != 1:
+        total.addmm_(left[:, 0].t(), right[:, 0], alpha=scale * (first_token_weight - 1))
+
+
+def counted_tokens(sequences: torch.Tensor, first_token_weight: int = FIRST_TOKEN_WEIGHT) -> int:
+    """How many tokens :func:`add_products` counts of sequences, [batch, sequence, ...]."""
+    return sequences.shape[0] * (sequences.shape[1] - 1 + first_token_weight)
 
 
 class StopForward(Exception):
@@ -84,7 +123,7 @@ class LayerFlow:
     @torch.no_grad()
     def head_hessian(self) -> torch.Tensor:
         """Hessian of the head's input, once all layers have been gone through: float32 [hidden, hidden]."""
-        accumulator = self._accumulator(self.source.model.config.hidden_size)
+        accumulator = self._accumulator(self.source.model.config.hidden_size, first_token_weight=1)
         for state in self.states:
             with self._computing():
                 accumulator.add(self.source.model.model.norm(state))
@@ -103,8 +142,9 @@ class LayerFlow:
             output = self.source.layers[index](state, **self._arguments[index])
         return output[0] if isinstance(output, tuple) else output
 
-    def _accumulator(self, columns: int) -> HessianAccumulator:
-        return HessianAccumulator(columns, self.source.model.device, self.source.world, self.source.memory)
+    def _accumulator(self, columns: int, first_token_weight: int = FIRST_TOKEN_WEIGHT) -> HessianAccumulator:
+        source = self.source
+        return HessianAccumulator(columns, source.model.device, source.world, source.memory, first_token_weight)
 
     def _first_layer_inputs(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states [batch, sequence, hidden] that enter the first layer."""

@@ -11,6 +11,7 @@ from small_runs import RECIPE
 from transformers import DynamicCache
 
 from mgptq_export.calibration import (
+    FIRST_TOKEN_WEIGHT,
     HessianAccumulator,
     attribute,
     calibration_tokens,
@@ -42,22 +43,28 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def inputs_of(source: SourceModel, module: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """All activations that a module reads: float64 [tokens, columns]."""
+    """All activations that a module reads: float64 [sequences, tokens, columns]."""
     seen = []
-    handle = module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2).double()))
+    handle = module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double()))
     with torch.no_grad():
         source.model(tokens)
     handle.remove()
     return torch.cat(seen)
 
 
-def test_hessian_is_twice_the_mean_outer_product():
+def hessian_of(x: torch.Tensor, first_token_weight: int) -> torch.Tensor:
+    """Twice the mean outer product of activations [sequences, tokens, columns], first tokens written out."""
+    repeated = torch.cat([x[:, :1]] * first_token_weight + [x[:, 1:]], 1).flatten(0, 1)
+    return 2 / len(repeated) * repeated.t() @ repeated
+
+
+@pytest.mark.parametrize("weight", [1, FIRST_TOKEN_WEIGHT])
+def test_hessian_is_twice_the_mean_outer_product(weight):
     activations = torch.randn(5, 7, 12, generator=generator())
-    accumulator = HessianAccumulator(12, torch.device("cpu"))
-    for batch in activations:
+    accumulator = HessianAccumulator(12, torch.device("cpu"), first_token_weight=weight)
+    for batch in activations.split(2):
         accumulator.add(batch)
-    x = activations.reshape(-1, 12).double().t()
-    assert torch.allclose(accumulator.take().double(), 2 / 35 * x @ x.t(), atol=1e-5)
+    assert torch.allclose(accumulator.take().double(), hessian_of(activations.double(), weight), atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -73,9 +80,10 @@ def test_every_input_group_gets_the_hessian_of_its_input(source, tokens, layer):
     for name, module in modules.items():
         x = inputs_of(source, module, tokens)
         found = statistics.groups[f"blk.{layer}.{name}"].hessian.double()
-        assert torch.allclose(found, 2 / len(x) * x.t() @ x, rtol=1e-4, atol=1e-5 * float(found.abs().max()))
+        expected = hessian_of(x, FIRST_TOKEN_WEIGHT)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(found.abs().max()))
     x = inputs_of(source, source.model.lm_head, tokens)
-    assert torch.allclose(statistics.head.hessian.double(), 2 / len(x) * x.t() @ x, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(statistics.head.hessian.double(), hessian_of(x, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_sensitivity_is_the_mean_squared_gradient_of_the_sampled_loss(odd_model, tokens):

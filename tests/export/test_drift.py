@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from small_runs import RECIPE
 
-from mgptq_export.calibration import DriftFlow
+from mgptq_export.calibration import FIRST_TOKEN_WEIGHT, DriftFlow
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel, load_source
@@ -49,7 +49,9 @@ def seen(source: SourceModel, *modules: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def moment(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return 2.0 / TOKENS.numel() * left.t() @ right
+    weights = torch.ones_like(TOKENS, dtype=torch.float32)
+    weights[:, 0] = FIRST_TOKEN_WEIGHT
+    return 2.0 / weights.sum() * (left * weights.flatten()[:, None]).t() @ right
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
