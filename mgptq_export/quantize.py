@@ -198,16 +198,18 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
 
 def calibration_set(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL) -> torch.Tensor:
     """What :func:`calibrate` measures the model on, with its journal: int64 [sequences, sequence_length]."""
-    made = partial(source.world.from_first, partial(calibration_tokens, source, recipe))
-    text = journal.once("text", lambda: Record({"tokens": made().numpy()}))
-    return torch.from_numpy(text.arrays["tokens"])
+    return _kept_tokens("text", partial(calibration_tokens, source, recipe), source, journal)
 
 
 def _recovery_set(source: SourceModel, recipe: Recipe, tokens: torch.Tensor, journal: Journal) -> torch.Tensor:
     """Taken now and kept, as a data set of the hub may change, or be out of reach, before recovery needs it."""
-    made = partial(source.world.from_first, partial(recovery_tokens, source, recipe, tokens))
-    text = journal.once("recovery-text", lambda: Record({"tokens": made().numpy()}))
-    return torch.from_numpy(text.arrays["tokens"])
+    return _kept_tokens("recovery-text", partial(recovery_tokens, source, recipe, tokens), source, journal)
+
+
+def _kept_tokens(name: str, make: Callable[[], torch.Tensor], source: SourceModel, journal: Journal) -> torch.Tensor:
+    """Tokens that the first rank makes once, for a journal."""
+    record = journal.once(name, lambda: Record({"tokens": source.world.from_first(make).numpy()}))
+    return torch.from_numpy(record.arrays["tokens"])
 
 
 def _check_shares(source: SourceModel, tokens: torch.Tensor) -> None:

@@ -110,7 +110,7 @@ def _read_tensor(tensor: Message, name: str, weights_name: str | None, weights_b
     shape = tuple(tensor.integers(1))
     if element not in ELEMENT_BYTES:
         raise ValueError(f"tensor {name!r} has element type {element}, allowed are {sorted(ELEMENT_BYTES)}")
-    if len(shape) > MAX_DIMENSIONS:  # their product would take hours
+    if len(shape) > MAX_DIMENSIONS:  # the time of their product grows with their square
         raise ValueError(f"tensor {name!r} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are allowed")
     count = math.prod(shape)
     size = count * ELEMENT_BYTES[element]

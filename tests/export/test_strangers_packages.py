@@ -22,7 +22,7 @@ def copied(package: Package, tmp_path: Path) -> Path:
 
 
 def change(path: Path, edit: Callable[[Any], object]) -> None:
-    """Edit JSON of a package, and let the manifest say so."""
+    """Edit a JSON file of a package."""
     content = json.loads(path.read_text())
     edit(content)
     path.write_text(json.dumps(content))
