@@ -19,7 +19,7 @@ from rich.table import Table
 from mgptq_export import reporting
 from mgptq_export.launch import launched
 from mgptq_export.memory_errors import typed_memory_errors
-from mgptq_export.recipe import ALLOCATORS, FAST, Recipe
+from mgptq_export.recipe import ALLOCATORS, FAST, MIXED, Recipe
 from mgptq_export.sizes import format_size, parse_size
 from mgptq_runtime.errors import MgptqError
 from mgptq_runtime.formats import GGML_FORMATS
@@ -58,6 +58,7 @@ def _recipe(bits: float | None, size: int | None, fast: bool = False, **others: 
     context = click.get_current_context()
     if fast:  # what was asked for by name stays
         others |= {k: v for k, v in FAST.items() if context.get_parameter_source(k) is not ParameterSource.COMMANDLINE}
+    others["embedding_format"] = others["embedding_format"] or Recipe.default_embedding_format(size)
     return Recipe(bits=Recipe.bits if bits is None else bits, size=size, **others)
 
 
@@ -160,6 +161,12 @@ def _job(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+EMBEDDING_FORMAT = click.option(
+    "--embedding-format",
+    type=click.Choice(["b3", "b4", "b8", MIXED]),
+    help="Of embedding and head. mixed: their blocks share the budget of --size with those of all linears; for "
+    f"llama.cpp as b4. [default: {Recipe.embedding_format}; with --size {Recipe.default_embedding_format(1)}]",
+)
 GGML_TYPES = click.option(
     "--ggml-types",
     default="",
@@ -202,13 +209,7 @@ METHOD = _options(
     _count("--own-samples", 0, "Calibration sequences that the model writes itself, beside those of a text."),
     _count("--sequence-length", 2, "Tokens per calibration sequence."),
     click.option("--seed", type=int, default=Recipe.seed, show_default=True, help="Of everything random."),
-    click.option(
-        "--embedding-format",
-        default=Recipe.embedding_format,
-        show_default=True,
-        help="Storage format of embedding and head: b4 or b8.",
-        type=click.Choice(["b4", "b8"]),
-    ),
+    EMBEDDING_FORMAT,
     GGML_TYPES,
     _count("--trials", 1, "Quantizations of the whole model that the gnn allocator learns from."),
     click.option(
@@ -572,7 +573,7 @@ def push(package: Path, repository: str, private: bool, as_json: bool) -> None:
 @cli.command()
 @click.argument("model")
 @BUDGET
-@click.option("--embedding-format", type=click.Choice(["b4", "b8"]), default=Recipe.embedding_format, show_default=True)
+@EMBEDDING_FORMAT
 @click.option("--targets", default=",".join(TARGET_NAMES), show_default=True, callback=_split, help="Targets to plan.")
 @GGML_TYPES
 @TRUST
@@ -621,7 +622,8 @@ def _planned_size(target: dict[str, Any], size: int | None) -> str:
     if not target["reachable"]:
         return f"not reachable: {escape(target['reason'])}"
     if size is not None:
-        return f"{target['bits']:g} bits, at most {format_size(target['model_bytes'])}"
+        shared = " with the embedding" if target["embedding_format"] == MIXED else ""
+        return f"{target['bits']:g} bits{shared}, at most {format_size(target['model_bytes'])}"
     about = "" if all(file["exact"] for file in target["files"]) else "about "
     return f"{about}{target['file_bytes'] / 1e6:.1f} MB"
 

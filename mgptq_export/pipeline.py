@@ -401,7 +401,7 @@ def _quantize_into(
         model = unpack_model(record.arrays, record.facts["model"])
         load_quantized_weights(working, model)
         history = History.from_json(record.facts["history"])
-        taken = replace(recipe, recovery_steps=len(history.recovery))
+        taken = replace(recipe, bits=record.facts["bits"], recovery_steps=len(history.recovery))
         repairs = record.facts["repairs"]
         solved.append(save_solved(folder, layout, model, working, taken, calibration.tokens, repairs, history))
     return solved
@@ -439,7 +439,8 @@ def _finished(
         measured() if recovered.steps else (),
         recovered.divergences,
     )
-    return Record(arrays, {"model": description, "repairs": quantized.repairs, "history": history.to_json()})
+    facts = {"bits": quantized.bits, "repairs": quantized.repairs, "history": history.to_json()}
+    return Record(arrays, {"model": description, **facts})
 
 
 def _checkpoint_scorers(source: SourceModel, solved: Sequence[Solved]) -> dict[str, Scorer]:

@@ -9,7 +9,7 @@ from typing import Any
 from mgptq_export.checkpoint import tokenizer_files
 from mgptq_export.layouts import TENSORS, Reach
 from mgptq_export.models import SourceModel, load_shape
-from mgptq_export.recipe import Recipe
+from mgptq_export.recipe import BITS_GRID, MIXED, Recipe
 from mgptq_export.sizes import format_size
 from mgptq_export.targets import target_named
 from mgptq_export.targets.container_size import container_files
@@ -28,8 +28,6 @@ FILES: dict[str, Callable[[Skeleton], list[PlannedFile]]] = {
 }
 
 
-# Resolved bits are multiples of 1 / GRID: few digits, and steps that are nothing beside a file.
-GRID = 10_000
 # What the digits of a larger size can add to metadata, with its padding.
 MORE_DIGITS = 64
 
@@ -48,7 +46,8 @@ def plan_model(
         has none); and ``targets``: for each ``reachable``, and either the ``reason`` why it is not, or: ``lowest_bits``
         and ``highest_bits`` per weight; ``kinds``: for every kind of linear its row length, the formats that it can
         have, and those that it cannot and why; ``bits``, those of the recipe, or what its size has room for in all
-        reachable targets of this layout; ``embedding_format``; ``weight_bytes``, the most that all tensors of the model
+        reachable targets of this layout, per weight of linears, embedding and head where ``embedding_format`` is
+        ``mixed``; ``embedding_format``; ``weight_bytes``, the most that all tensors of the model
         take; ``files``: the large ones that the target writes, each with ``path``, ``bytes``, ``most`` (what it never
         exceeds) and ``exact``, which is false for an estimate; ``file_bytes``, the sum of their bytes; and
         ``model_bytes``, the most that those files take which a size counts.
@@ -90,7 +89,9 @@ def check_reachable(planned: Mapping[str, Any]) -> None:
 
 
 def bits_for_size(source: SourceModel, recipe: Recipe, targets: Sequence[str], folder: Path) -> float:
-    """The most stored bits per linear weight with which the model files of all targets fit in the recipe's size.
+    """The most stored bits with which the model files of all targets fit in the recipe's size.
+
+    They are per linear weight; with a mixed embedding per weight of linears, embedding and head.
 
     Args:
         source: a model of shapes.
@@ -115,22 +116,25 @@ def _most_bits(source: SourceModel, recipe: Recipe, name: str, folder: Path) -> 
         raise ValueError("a recipe without a size")
     layout = target_named(name).layout
     reach = layout.reach(source, recipe)
-    low, high = (math.ceil(bits * GRID) for bits in (reach.lowest, reach.highest))
+    low, high = (math.ceil(bits * BITS_GRID) for bits in (reach.lowest, reach.highest))
     long = high + 1 if high % 10 == 0 else high
-    skeleton = make_skeleton(source, replace(recipe, bits=long / GRID), layout, reach, folder)
+    skeleton = make_skeleton(source, replace(recipe, bits=long / BITS_GRID), reach, folder)
     others = _model_bytes(name, FILES[name](skeleton)) - skeleton.budget
-    weights = skeleton.model.linear_weights
-    steps = (recipe.size - others) * 8 * GRID // weights
+    weights = reach.weights
+    steps = (recipe.size - others) * 8 * BITS_GRID // weights
     if steps < low:
-        raise BudgetError(_too_small(recipe, name, others - -low * weights // (8 * GRID)))
-    return min(steps, high) / GRID
+        raise BudgetError(_too_small(recipe, name, others - -low * weights // (8 * BITS_GRID)))
+    return min(steps, high) / BITS_GRID
 
 
 def _too_small(recipe: Recipe, name: str, smallest: int) -> str:
     ways = [f"ask for {format_size(smallest + MORE_DIGITS)} or more"]
-    if recipe.embedding_format == "b8":
+    in_tensors = target_named(name).layout is TENSORS
+    if in_tensors and recipe.embedding_format == "b8":
         ways.append("take --embedding-format b4")
-    if recipe.ggml_types and target_named(name).layout is TENSORS:
+    if not in_tensors and recipe.embedding_format != MIXED:
+        ways.append(f"take --embedding-format {MIXED}")
+    if in_tensors and recipe.ggml_types:
         ways.append("allow --ggml-types of fewer bits")
     return (
         f"{recipe.size} bytes are too few for target {name}: with its fewest bits this model takes {smallest} bytes; "
@@ -182,7 +186,7 @@ def _plan_target(
     if not reach.includes(bits):
         reason = f"formats of this target give {reach.lowest:.4f} to {reach.highest:.4f} bits for this model"
         return {**planned, "reason": reason}
-    skeleton = make_skeleton(source, replace(recipe, bits=bits), target.layout, reach, folder)
+    skeleton = make_skeleton(source, replace(recipe, bits=bits), reach, folder)
     try:
         files = FILES[name](skeleton)
     except (BadInputError, UnsupportedModelError) as error:
@@ -191,7 +195,7 @@ def _plan_target(
         **planned,
         "reachable": True,
         "bits": bits,
-        "embedding_format": skeleton.model.embedding.segments[0].format,
+        "embedding_format": MIXED if skeleton.mixed else skeleton.model.embedding.segments[0].format,
         "weight_bytes": skeleton.weight_bytes,
         "files": [asdict(file) for file in files],
         "file_bytes": sum(file.bytes for file in files),

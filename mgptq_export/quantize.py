@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mgptq_export.allocation import Decision, Trial
+from mgptq_export.allocation import Allocation, Decision, Trial
 from mgptq_export.calibration import (
     DriftFlow,
     GroupStatistics,
@@ -67,12 +67,14 @@ Tables = tuple[QuantizedLinear, QuantizedLinear | None]
 class Quantization:
     """Attributes:
     model: the quantized model.
+    bits: stored bits per linear weight that there was room for.
     tokens: the calibration set, int64 [samples, sequence].
     decision: who got how many bits, and why.
     repairs: see :func:`solve`.
     """
 
     model: QuantizedModel
+    bits: float
     tokens: torch.Tensor
     decision: Decision
     repairs: Repairs
@@ -100,16 +102,19 @@ def quantize(
     if calibration is None:
         calibration = calibrate(source, recipe)
     numbers = count(1)
+    solved_tables: list[Tables] = []
 
-    @cache  # no trial changes what these are made of
-    def tables() -> Tables:
-        made = partial(_solve_tables, source, calibration.statistics.head.hessian, recipe, layout)
-        return _tables_of(journal.once("tables", lambda: _tables_record(made())))
+    def tables(allocated: Allocated) -> Tables:
+        """No trial changes what these are made of."""
+        if not solved_tables:
+            made = partial(_solve_tables, source, calibration.statistics.head.hessian, allocated.tables, recipe, layout)
+            solved_tables.append(_tables_of(journal.once("tables", lambda: _tables_record(made()))))
+        return solved_tables[0]
 
     def attempt(allocated: Allocated) -> Trial:
         trial = journal.once(
             f"trial-{next(numbers)}",
-            lambda: _attempt(source, calibration, recipe, layout, allocated, tables).to_record(),
+            lambda: _attempt(source, calibration, recipe, layout, allocated, tables(allocated)).to_record(),
         )
         return Trial.from_record(trial)
 
@@ -120,9 +125,10 @@ def quantize(
         allocated = Allocated.from_record(journal.once("allocation", allocate), source.model.device)
     repairs: Repairs = {}
     with stage("solve"):
-        model = solve(source, calibration, allocated, recipe, layout, journal=journal, repairs=repairs, tables=tables)
+        made = tables(allocated)
+        model = solve(source, calibration, allocated, recipe, layout, journal=journal, repairs=repairs, tables=made)
         report(f"{model.bits_stored:.4f} stored bits per weight")
-    return Quantization(model, calibration.tokens, allocated.decision, repairs)
+    return Quantization(model, allocated.bits, calibration.tokens, allocated.decision, repairs)
 
 
 def _attempt(
@@ -131,7 +137,7 @@ def _attempt(
     recipe: Recipe,
     layout: Layout,
     allocated: Allocated,
-    tables: Callable[[], Tables],
+    tables: Tables,
 ) -> Trial:
     """Quantize a copy of the model as told, and measure it on text that its calibration has not seen.
 
@@ -236,7 +242,8 @@ def _renumber_hidden(source: SourceModel, statistics: ModelStatistics) -> ModelS
         name: replace(group, order=order) if name in reading else _outputs_renumbered(group, order)
         for name, group in statistics.groups.items()
     }
-    return ModelStatistics(groups, replace(statistics.head, order=order))
+    embedding = replace(statistics.embedding, sensitivity=statistics.embedding.sensitivity[order])
+    return ModelStatistics(groups, replace(statistics.head, order=order), embedding)
 
 
 def _renumber_intermediate(
@@ -270,7 +277,7 @@ def solve(
     original: SourceModel | None = None,
     journal: Journal = FORGETFUL,
     repairs: Repairs | None = None,
-    tables: Callable[[], Tables] | None = None,
+    tables: Tables | None = None,
 ) -> QuantizedModel:
     """Quantize the weights, layer after layer.
 
@@ -283,14 +290,16 @@ def solve(
         original: what ``source`` was, where it is at hand, else a copy is made; with ``propagate``, to correct drift.
         journal: with ``propagate``, input groups that have been quantized before, and where to keep those that are now.
         repairs: gets what had to be mended.
-        tables: gives embedding and head, where they may have been solved before.
+        tables: embedding and head, where they have been solved before.
     """
     repairs = {} if repairs is None else repairs
     if not (propagate and recipe.drift_correction):
         original = None
     elif original is None:
         original = source.copy()
-    embedding, head = tables() if tables else _solve_tables(source, calibration.statistics.head.hessian, recipe, layout)
+    if tables is None:
+        tables = _solve_tables(source, calibration.statistics.head.hessian, allocated.tables, recipe, layout)
+    embedding, head = tables
     _replace_tables(source, embedding, head)
     flow = DriftFlow(source, original, calibration.tokens) if propagate else None
 
@@ -354,14 +363,16 @@ def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> Quantized
     for group in source.groups():
         orders[group.name] = torch.arange(group.columns, device=source.model.device)
         formats |= dict.fromkeys(group.modules, (fmt,) * (padded_columns(group.columns) // BLOCK_COLUMNS))
-    allocated = Allocated(Decision(formats), orders)
+    blocks = padded_columns(source.model.lm_head.in_features) // BLOCK_COLUMNS
+    tables = dict.fromkeys(source.tables(), (recipe.embedding_format,) * blocks)
+    allocated = Allocated(Decision(formats), orders, tables, FORMATS[fmt].bits_per_weight)
     groups = []
     with torch.no_grad():
         for group in source.groups():
             plain = torch.eye(group.columns, device=source.model.device)
             groups.append(_replace_group(source, group, _solve_group(group, plain, allocated, recipe, COLUMNS)))
         identity = torch.eye(source.model.lm_head.in_features, device=source.model.device)
-        embedding, head = _solve_tables(source, identity, recipe, COLUMNS)
+        embedding, head = _solve_tables(source, identity, tables, recipe, COLUMNS)
     _replace_tables(source, embedding, head)
     return _quantized_model(source, groups, embedding, head)
 
@@ -435,19 +446,19 @@ def _replace_group(source: SourceModel, group: GroupModules, record: Record) -> 
     return solved
 
 
-def _solve_tables(source: SourceModel, hessian: torch.Tensor, recipe: Recipe, layout: Layout) -> Tables:
+def _solve_tables(
+    source: SourceModel, hessian: torch.Tensor, formats: Allocation, recipe: Recipe, layout: Layout
+) -> Tables:
     """Embedding and head; a tied matrix is solved once, as the head, whose error counts for every token."""
 
-    def solved(name: str, module: nn.Module, hessian: torch.Tensor) -> QuantizedLinear:
-        weight: Any = module.weight
-        mine = weight.detach()[source.world.rows(len(weight))].float()
-        return stacked_rows(source.world.gather(layout.solve_table(name, mine, hessian, recipe)))
+    def solved(name: str, hessian: torch.Tensor) -> QuantizedLinear:
+        weight = source.tables()[name].detach()
+        mine = weight[source.world.rows(len(weight))].float()
+        return stacked_rows(source.world.gather(layout.solve_table(name, mine, hessian, formats[name], recipe)))
 
-    model = source.model
     if source.tied:
-        return solved("token_embd", model.lm_head, hessian), None
-    plain = torch.eye(hessian.shape[0], device=hessian.device)
-    return solved("token_embd", model.model.embed_tokens, plain), solved("output", model.lm_head, hessian)
+        return solved("token_embd", hessian), None
+    return solved("token_embd", torch.eye(len(hessian), device=hessian.device)), solved("output", hessian)
 
 
 def _tables_record(tables: Tables) -> Record:

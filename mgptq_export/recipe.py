@@ -8,8 +8,12 @@ from typing import Any
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.formats import FORMATS, GGML_FORMATS
 
-__all__ = ["ALLOCATORS", "FAST", "Recipe"]
+__all__ = ["ALLOCATORS", "BITS_GRID", "FAST", "MIXED", "Recipe"]
 
+# Bits that stand for a size are multiples of 1 / BITS_GRID: few digits, and steps that are nothing beside a file.
+BITS_GRID = 10_000
+# Embedding and head take part in a size's budget, block by block.
+MIXED = "mixed"
 ALLOCATORS = ("gnn", "hessian", "uniform")
 # For a first look: less of all that takes time.
 FAST: dict[str, Any] = {
@@ -26,12 +30,14 @@ FAST: dict[str, Any] = {
 @dataclass(frozen=True)
 class Recipe:
     """Attributes:
-    bits: stored bits per linear weight: codes, scales, padding and permutations.
+    bits: stored bits per linear weight: codes, scales, padding and permutations. Until a mixed embedding has got its
+        share of a budget, per weight of linears, embedding and head.
     size: bytes that the model file of each target may take, everything in it included; ``bits`` are then not what is
         asked for, but what fits, see :func:`mgptq_export.planning.bits_for_size`.
     formats: what the allocator may choose from for every block, in container and ONNX.
     ggml_types: what it may choose from for every tensor, in llama.cpp's file; none: what suits the model.
-    embedding_format: of the embedding and the head.
+    embedding_format: of the embedding and the head; with a size, ``mixed`` lets their blocks compete with those of all
+        linears, in container and ONNX, and is four bits in llama.cpp.
     allocator: ``gnn``, ``hessian`` or ``uniform``.
     calibration: ``self``, a file, or a hub data set.
     samples, sequence_length: size of the calibration set, in sequences and tokens; fewer where the text is shorter.
@@ -71,7 +77,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.allocator not in ALLOCATORS:
             raise BadInputError(f"allocator {self.allocator!r} is unknown; choose from {', '.join(ALLOCATORS)}")
-        unknown = {*self.formats, self.embedding_format} - set(FORMATS)
+        if self.embedding_format == MIXED and self.size is None:
+            raise BadInputError("a mixed embedding shares the budget of a size, and there is none; ask for a size")
+        unknown = {*self.formats, *({self.embedding_format} - {MIXED})} - set(FORMATS)
         if unknown or not self.formats:
             raise BadInputError(f"formats {sorted(unknown)} are unknown; choose from {', '.join(FORMATS)}")
         if unknown := set(self.ggml_types) - set(GGML_FORMATS):
@@ -97,6 +105,11 @@ class Recipe:
     def recovers(self) -> bool:
         """Whether anything is trained after the codes are fixed."""
         return self.recovery_steps > 0 or self.recovery_minutes is not None
+
+    @staticmethod
+    def default_embedding_format(size: int | None) -> str:
+        """What commands take where nothing is said."""
+        return Recipe.embedding_format if size is None else MIXED
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values; of a calibration file its name, as its folder is nobody else's business."""

@@ -4,6 +4,7 @@ from mgptq_export.allocation.baselines import allocate_by_hessian, allocate_unif
 from mgptq_export.allocation.decision import Decision
 from mgptq_export.allocation.linear import InputColumns, LinearProblem
 from mgptq_export.allocation.problem import Allocation, AllocationProblem, BlockProblem
+from mgptq_export.allocation.shared_budget import TableProblem, share_budget
 from mgptq_export.allocation.tensors import FileTensor, TensorProblem
 from mgptq_export.allocation.training import Trial, allocate_by_gnn
 
@@ -15,9 +16,11 @@ __all__ = [
     "FileTensor",
     "InputColumns",
     "LinearProblem",
+    "TableProblem",
     "TensorProblem",
     "Trial",
     "allocate_by_gnn",
     "allocate_by_hessian",
     "allocate_uniformly",
+    "share_budget",
 ]

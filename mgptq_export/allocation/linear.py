@@ -53,6 +53,12 @@ class InputColumns:
             diagonal, (received - own).clamp_min(0), (passed_on - own).clamp_min(0), edge_index.cpu(), edge_weight.cpu()
         )
 
+    @classmethod
+    def apart(cls, importance: torch.Tensor) -> "InputColumns":
+        """Of columns that do not compensate for one another, by their importance, float32 [columns]."""
+        nothing = torch.zeros_like(importance)
+        return cls(importance.rsqrt(), nothing, nothing, torch.empty(2, 0, dtype=torch.int64), torch.empty(0))
+
     @property
     def importance(self) -> torch.Tensor:
         """``1 / U_jj^2``, the weight of a column's rounding error: float32 [columns]."""

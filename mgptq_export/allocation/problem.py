@@ -6,6 +6,7 @@ A unit is what gets a format of its own: a 64-column block of a linear, or a who
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from mgptq_export.solver import grid_of, search_scales
 from mgptq_runtime.formats import BLOCK_COLUMNS
 from mgptq_runtime.progress import track
 
-__all__ = ["Allocation", "AllocationProblem", "BlockProblem"]
+__all__ = ["Allocation", "AllocationProblem", "BlockProblem", "energies_of", "quadratic_costs"]
 
 Allocation = dict[str, tuple[str, ...]]
 """The format of every block, by linear; a single one where the whole linear has it."""
@@ -88,12 +89,14 @@ class BlockProblem:
         formats: what may be chosen, fewest bits first.
         budget: bits that all blocks together may take, permutations already subtracted.
         world: who estimates costs.
+        estimated: :meth:`costs`, where they are known already.
     """
 
     linears: Sequence[LinearProblem]
     formats: tuple[str, ...]
     budget: int
     world: World = ALONE
+    estimated: torch.Tensor | None = None
 
     def weights(self) -> torch.Tensor:
         """Weights of every block, padding included: int64 [units]."""
@@ -143,14 +146,7 @@ class BlockProblem:
 
     def energies(self) -> torch.Tensor:
         """What every block would lose if it were dropped, on the scale of :meth:`costs`: float64 [units]."""
-        table = []
-        for linear in self.linears:
-            total = torch.zeros(linear.blocks, dtype=torch.float64, device=linear.unordered.device)
-            for weight, importance, sensitivity in linear.in_blocks():
-                weighted = weight.square_().mul_(importance).double().sum(-1)
-                total += (weighted * sensitivity.double()[:, None]).sum(0)
-            table.append(total.cpu())
-        return torch.cat(table)
+        return torch.cat(list(map(energies_of, self.linears)))
 
     def costs(self) -> torch.Tensor:
         """Estimated increase of the model's loss by every block in every format: float64 [units, formats].
@@ -159,18 +155,30 @@ class BlockProblem:
         error of the layer, its rows weighted by the Fisher information of the linear's outputs; then
         :func:`beyond_quadratic`.
         """
+        if self.estimated is not None:
+            return self.estimated
         table = []
         with track("Estimating what each block loses", len(self.linears)) as advance:
-            for costs in self.world.map(self._costs_of, self.linears):
+            for costs in self.world.map(partial(quadratic_costs, formats=self.formats), self.linears):
                 table.append(costs)
                 advance()
         return beyond_quadratic(torch.cat(table), self.energies())
 
-    def _costs_of(self, linear: LinearProblem) -> torch.Tensor:
-        """The quadratic part, of one linear's blocks: float64 [blocks, formats]."""
-        device = linear.unordered.device
-        total = torch.zeros(linear.blocks, len(self.formats), dtype=torch.float64, device=device)
-        for weight, importance, sensitivity in linear.in_blocks():
-            errors = [search_scales(weight, importance, grid_of(x), COST_CANDIDATES)[1] for x in self.formats]
-            total += (torch.stack(errors, -1).double() * sensitivity.double()[:, None, None]).sum(0)
-        return total.cpu()
+
+def energies_of(linear: LinearProblem) -> torch.Tensor:
+    """:meth:`BlockProblem.energies` of one linear's blocks: float64 [blocks]."""
+    total = torch.zeros(linear.blocks, dtype=torch.float64, device=linear.unordered.device)
+    for weight, importance, sensitivity in linear.in_blocks():
+        weighted = weight.square_().mul_(importance).double().sum(-1)
+        total += (weighted * sensitivity.double()[:, None]).sum(0)
+    return total.cpu()
+
+
+def quadratic_costs(linear: LinearProblem, formats: Sequence[str]) -> torch.Tensor:
+    """The quadratic part of :meth:`BlockProblem.costs`, of one linear's blocks: float64 [blocks, formats]."""
+    device = linear.unordered.device
+    total = torch.zeros(linear.blocks, len(formats), dtype=torch.float64, device=device)
+    for weight, importance, sensitivity in linear.in_blocks():
+        errors = [search_scales(weight, importance, grid_of(x), COST_CANDIDATES)[1] for x in formats]
+        total += (torch.stack(errors, -1).double() * sensitivity.double()[:, None, None]).sum(0)
+    return total.cpu()

@@ -20,9 +20,10 @@ from mgptq_export.recompute import recomputing
 from mgptq_runtime.errors import NumericalError
 from mgptq_runtime.progress import track
 
-__all__ = ["GroupStatistics", "ModelStatistics", "collect_statistics"]
+__all__ = ["EmbeddingStatistics", "GroupStatistics", "ModelStatistics", "collect_statistics"]
 
 HEAD = "head"
+OUTPUT, EMBEDDING = "output", "token_embd"
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,30 @@ class GroupStatistics:
 
 
 @dataclass(frozen=True)
+class EmbeddingStatistics:
+    """What an error of the embedding's weights costs.
+
+    Attributes:
+        frequency: share of all tokens, float32 [vocabulary].
+        sensitivity: float32 [hidden]: mean over tokens of the squared gradient of the model's loss with respect to
+            what a token's row has for each channel, in the model's numbering, labels drawn from the model.
+    """
+
+    frequency: torch.Tensor
+    sensitivity: torch.Tensor
+
+
+@dataclass(frozen=True)
 class ModelStatistics:
     """Attributes:
     groups: by group name.
-    head: of the head's input; without sensitivities.
+    head: of the head's input; the sensitivity of ``output`` is the variance of what the model draws its tokens by.
+    embedding: of the embedding.
     """
 
     groups: dict[str, GroupStatistics]
     head: GroupStatistics
+    embedding: EmbeddingStatistics
 
 
 def collect_statistics(
@@ -85,6 +102,7 @@ def collect_statistics(
         "sensitivity", lambda: Record(_arrays(_measure_gradients(source, tokens[:sensitivity_samples], generator)))
     )
     device = source.model.device
+    gradient_of = {name: torch.from_numpy(values).to(device) for name, values in gradients.arrays.items()}
 
     def in_order(name: str, sensitivity: dict[str, torch.Tensor]) -> GroupStatistics:
         order = torch.arange(len(measured[name]), device=device)
@@ -92,9 +110,10 @@ def collect_statistics(
 
     groups = {}
     for group in source.groups():
-        of_group = {name: torch.from_numpy(gradients.arrays[name]).to(device) for name in group.modules}
-        groups[group.name] = in_order(group.name, of_group)
-    return ModelStatistics(groups, in_order(HEAD, {}))
+        groups[group.name] = in_order(group.name, {name: gradient_of[name] for name in group.modules})
+    head = in_order(HEAD, {OUTPUT: gradient_of[OUTPUT]})
+    counts = torch.bincount(tokens.flatten(), minlength=len(gradient_of[OUTPUT])).to(device)
+    return ModelStatistics(groups, head, EmbeddingStatistics(counts / tokens.numel(), gradient_of[EMBEDDING]))
 
 
 def _measure_hessians(source: SourceModel, tokens: torch.Tensor, journal: Journal) -> dict[str, torch.Tensor]:
@@ -126,16 +145,20 @@ def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 def _measure_gradients(
     source: SourceModel, tokens: torch.Tensor, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """The sensitivity of every linear's outputs: float32 [rows]."""
+    """The sensitivity of every linear's and the head's outputs, float32 [rows], and of the embedding's channels."""
     modules = {name: module for group in source.groups() for name, module in group.modules.items()}
-    totals = {name: torch.zeros(module.out_features, device=source.model.device) for name, module in modules.items()}
+    device, embedding = source.model.device, source.model.get_input_embeddings()
+    totals = {name: torch.zeros(module.out_features, device=device) for name, module in modules.items()}
     handles = [module.register_forward_hook(_watch_gradient(totals[name])) for name, module in modules.items()]
+    totals |= {OUTPUT: torch.zeros(embedding.num_embeddings, device=device)}
+    totals |= {EMBEDDING: torch.zeros(embedding.embedding_dim, device=device)}
     mine = set(source.world.share(range(len(tokens))))
-    head = source.head_in(compute_dtype(source.model.device))
+    head = source.head_in(compute_dtype(device))
     with hooked(handles), recomputing(source), track("Measuring sensitivity", len(tokens)) as advance:
         for place, sequence in enumerate(tokens.split(1)):
             if place in mine:
-                _run_backward(source.model, head, sequence.to(source.model.device), generator)
+                loss_of = partial(_drawn_loss, generator, totals[OUTPUT])
+                totals[EMBEDDING] += _run_backward(source.model, head, sequence.to(device), loss_of)
             else:
                 skip_drawing(sequence.numel(), generator)  # every sequence has the same labels on any rank
             advance()
@@ -157,18 +180,26 @@ def _watch_gradient(total: torch.Tensor) -> Callable[[nn.Module, object, torch.T
     return watch
 
 
-def _run_backward(model: Any, head: nn.Linear, batch: torch.Tensor, generator: torch.Generator) -> None:
-    """Go back from labels that the model's own predictions draw."""
+def _run_backward(
+    model: Any, head: nn.Linear, batch: torch.Tensor, loss_of: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Go back through the model, and return the sum over tokens of squared gradients in the embedding's channels."""
     # Gradients flow through activations only: weights are frozen, so their gradients are never formed.
-    embedded = model.get_input_embeddings()(batch).requires_grad_(True)
+    embedding = model.get_input_embeddings()
+    embedded = embedding(batch).requires_grad_(True)
     with computing_in(compute_dtype(model.device), model.device):
         hidden: torch.Tensor = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        backward_through_head(hidden.flatten(0, 1), head, partial(_drawn_loss, generator))
+        backward_through_head(hidden.flatten(0, 1), head, loss_of)
+    assert embedded.grad is not None
+    in_weights = embedded.grad.float() * getattr(embedding, "embed_scale", 1.0)
+    return in_weights.flatten(0, -2).square_().sum(0)
 
 
-def _drawn_loss(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
+def _drawn_loss(generator: torch.Generator, variances: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The loss of labels that the model's own predictions draw; ``variances``, [vocabulary], grow by theirs."""
     if not torch.isfinite(logits).all():
         raise NumericalError("the model's logits are NaN or infinite on the calibration text; check the model")
-    probabilities = torch.softmax(logits.detach(), -1).cpu()
-    labels = drawn(probabilities, generator).squeeze(1).to(logits.device)
+    probabilities = torch.softmax(logits.detach(), -1)
+    variances += (probabilities * (1 - probabilities)).sum(0)
+    labels = drawn(probabilities.cpu(), generator).squeeze(1).to(logits.device)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -64,10 +64,14 @@ class Allocated:
     """Attributes:
     decision: the format of every block of every linear, and why.
     orders: for every input group the order in which its columns are stored: int64 [columns].
+    tables: the format of every block of embedding and head, or of the whole matrix, by their names.
+    bits: stored bits per linear weight that there was room for.
     """
 
     decision: Decision
     orders: Mapping[str, torch.Tensor]
+    tables: Allocation
+    bits: float
 
     @property
     def formats(self) -> Allocation:
@@ -76,15 +80,19 @@ class Allocated:
 
     def to_record(self) -> Record:
         """For a journal."""
-        return Record({name: order.cpu().numpy() for name, order in self.orders.items()}, asdict(self.decision))
+        facts = {**asdict(self.decision), "tables": self.tables, "bits": self.bits}
+        return Record({name: order.cpu().numpy() for name, order in self.orders.items()}, facts)
 
     @classmethod
     def from_record(cls, record: Record, device: torch.device) -> "Allocated":
         """What :meth:`to_record` gave."""
         facts = record.facts
-        formats = {name: tuple(blocks) for name, blocks in facts["formats"].items()}
+        formats, tables = (
+            {name: tuple(blocks) for name, blocks in facts[kind].items()} for kind in ("formats", "tables")
+        )
         decision = Decision(formats, facts["losses"], tuple(facts["divergences"]))
-        return cls(decision, {name: torch.from_numpy(order).to(device) for name, order in record.arrays.items()})
+        orders = {name: torch.from_numpy(order).to(device) for name, order in record.arrays.items()}
+        return cls(decision, orders, tables, facts["bits"])
 
 
 @dataclass(frozen=True)
@@ -104,16 +112,19 @@ Attempt = Callable[[Allocated], Trial]
 
 @dataclass(frozen=True)
 class Reach:
-    """What stored bits per linear weight a layout can deliver for a model.
+    """What stored bits per weight a layout can deliver for a model.
 
     Attributes:
-        lowest, highest: over all linears.
-        formats: for every kind of linear (``attn_q``) the formats that it can have.
+        lowest, highest: over all linears; with a mixed embedding over it and the head as well.
+        weights: how many these are.
+        formats: for every kind of linear (``attn_q``), for ``token_embd`` and, where that is another matrix,
+            ``output``, the formats that it can have.
         excluded: for every kind of linear the formats that it cannot have, and why.
     """
 
     lowest: float
     highest: float
+    weights: int
     formats: Mapping[str, tuple[str, ...]]
     excluded: Mapping[str, Mapping[str, str]]
 
@@ -141,10 +152,6 @@ class Layout(Protocol):
         """
         ...
 
-    def embedding_format(self, recipe: Recipe, columns: int) -> str:
-        """The format of embedding and head."""
-        ...
-
     def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe, attempt: Attempt) -> Allocated:
         """Decide who gets how many bits.
 
@@ -162,36 +169,42 @@ class Layout(Protocol):
         """Quantize an input group on the inputs that made ``hessian``, float32 [columns, columns]."""
         ...
 
-    def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
-        """Quantize embedding or head, float32 [vocabulary, hidden]; its columns keep their order."""
+    def solve_table(
+        self, name: str, weight: torch.Tensor, hessian: torch.Tensor, formats: Sequence[str], recipe: Recipe
+    ) -> QuantizedLinear:
+        """Quantize embedding or head, float32 [vocabulary, hidden]; its columns keep their order.
+
+        Args:
+            formats: of every block, or of the whole matrix.
+        """
         ...
 
 
 def decide(
     problem: AllocationProblem,
-    orders: Mapping[str, torch.Tensor],
     recipe: Recipe,
     attempt: Attempt,
     check: Callable[[Allocation], None],
+    settled: Callable[[Decision], Allocated],
 ) -> Allocated:
     """Solve an allocation problem with the recipe's allocator.
 
     Args:
-        orders: of the columns, see :class:`Allocated`.
         attempt: what ``gnn`` learns from.
         check: raises where an allocation falls short of what was asked for; called before any is tried.
+        settled: adds what is known besides.
     """
     if recipe.allocator == "gnn":
 
         def tried(formats: Allocation) -> Trial:
             check(formats)
-            return attempt(Allocated(Decision(formats), orders))
+            return attempt(settled(Decision(formats)))
 
         decision = allocate_by_gnn(problem, tried, recipe.trials, recipe.training_steps, recipe.seed)
     else:
         decision = allocate_by_hessian(problem) if recipe.allocator == "hessian" else allocate_uniformly(problem)
     check(decision.formats)
-    return Allocated(decision, orders)
+    return settled(decision)
 
 
 def check_delivered(delivered: float, recipe: Recipe, unit: str) -> None:

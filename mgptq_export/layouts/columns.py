@@ -1,11 +1,20 @@
 """The column layout, of container and ONNX: permuted columns, every 64-column block in a format of its own."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from mgptq_export.allocation import Allocation, BlockProblem, InputColumns, LinearProblem
+from mgptq_export.allocation import (
+    Allocation,
+    BlockProblem,
+    InputColumns,
+    LinearProblem,
+    TableProblem,
+    share_budget,
+)
 from mgptq_export.families import GroupModules
 from mgptq_export.layouts.base import (
     Allocated,
@@ -18,7 +27,7 @@ from mgptq_export.layouts.base import (
     stacked_rows,
 )
 from mgptq_export.models import SourceModel
-from mgptq_export.recipe import Recipe
+from mgptq_export.recipe import BITS_GRID, MIXED, Recipe
 from mgptq_export.solver import BlockwiseSolution, InverseFactor, descend, factorize, pack_linear, solve_blockwise
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.progress import track
@@ -39,47 +48,54 @@ class ColumnLayout:
     def reach(self, source: SourceModel, recipe: Recipe) -> Reach:
         """Any row length fits: blocks are padded."""
         weights = padded = permutations = 0
+        formats = dict.fromkeys(source.linear_kinds(), recipe.formats)
+        for name, table in source.tables().items():
+            formats[name] = _table_formats(recipe)
+            if recipe.embedding_format == MIXED:
+                weights += table.numel()
+                padded += len(table) * padded_columns(table.shape[1])
         for group in source.groups():
             rows = sum(module.out_features for module in group.modules.values())
             weights += rows * group.columns
             padded += rows * padded_columns(group.columns)
             permutations += _permutation_bits(group)
         per_weight = [FORMATS[name].bits_per_weight for name in recipe.formats]
-        kinds = source.linear_kinds()
         return Reach(
             lowest=min(per_weight) * padded / weights,
             highest=(max(per_weight) * padded + permutations) / weights,
-            formats=dict.fromkeys(kinds, recipe.formats),
-            excluded={kind: {} for kind in kinds},
+            weights=weights,
+            formats=formats,
+            excluded={kind: {} for kind in source.linear_kinds()},
         )
-
-    def embedding_format(self, recipe: Recipe, columns: int) -> str:
-        """As the recipe says."""
-        return recipe.embedding_format
 
     def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe, attempt: Attempt) -> Allocated:
         """Blocks compete; columns keep their order where the budget has no room for permutations."""
-        groups = source.groups()
-        modules = [module for group in groups for module in group.modules.values()]
-        weights = sum(module.out_features * module.in_features for module in modules)
-        padded = sum(module.out_features * padded_columns(module.in_features) for module in modules)
-        permutations = sum(map(_permutation_bits, groups))
-        room = int(recipe.bits * weights)
-        least = padded * min(FORMATS[name].bits_per_weight for name in recipe.formats)
-        permuted = least + permutations <= room and not self._is_one_format(source, recipe)
-        orders = calibration.orders if permuted else natural_orders(calibration)
+        reach = self.reach(source, recipe)
+        permutations, room = sum(map(_permutation_bits, source.groups())), int(recipe.bits * reach.weights)
+        if round(reach.lowest * reach.weights) + permutations <= room and not self._is_one_format(source, recipe):
+            orders = calibration.orders
+        else:
+            orders, permutations = natural_orders(calibration), 0
         problem = BlockProblem(
             linears=list(linear_problems(source, calibration, orders, recipe)),
             formats=tuple(sorted(recipe.formats, key=lambda name: FORMATS[name].bits_per_weight)),
-            budget=room - (permutations if permuted else 0),
+            budget=room - permutations,
             world=source.world,
         )
+        weights, bits = sum(linear.rows * linear.columns for linear in problem.linears), recipe.bits
+        if recipe.embedding_format == MIXED:
+            tables, costs, left = share_budget(problem, table_problems(source, calibration, recipe))
+            bits = math.ceil((left + permutations) / weights * BITS_GRID) / BITS_GRID
+            problem = replace(problem, budget=left, estimated=costs)
+        else:
+            blocks = padded_columns(source.model.lm_head.in_features) // BLOCK_COLUMNS
+            tables = dict.fromkeys(source.tables(), (recipe.embedding_format,) * blocks)
 
         def check(formats: Allocation) -> None:
-            delivered = (problem.stored_bits(formats) + (permutations if permuted else 0)) / weights
-            check_delivered(delivered, recipe, "blocks")
+            check_delivered((problem.stored_bits(formats) + permutations) / weights, recipe, "blocks")
 
-        return decide(problem, orders, recipe, attempt, check)
+        settled = partial(Allocated, orders=orders, tables=tables, bits=bits)
+        return decide(problem, recipe, attempt, check, settled)
 
     def _is_one_format(self, source: SourceModel, recipe: Recipe) -> bool:
         """Whether ``uniform`` comes out even without permutations: the plain method, one format throughout."""
@@ -131,12 +147,13 @@ class ColumnLayout:
             linears = [by_rows(weight, partial(solved_alone, name)) for name, weight in weights.items()]
         return SolvedGroup(InputGroup(group.name, permutation, tuple(linears)), factor.damping)
 
-    def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
-        """One format throughout."""
+    def solve_table(
+        self, name: str, weight: torch.Tensor, hessian: torch.Tensor, formats: Sequence[str], recipe: Recipe
+    ) -> QuantizedLinear:
+        """Along the residual stream's own order, which is by importance."""
         columns = weight.shape[1]
         natural = torch.arange(columns, device=hessian.device)
         factor = factorize(hessian, natural, recipe.damping, name)
-        formats = [self.embedding_format(recipe, columns)] * (padded_columns(columns) // BLOCK_COLUMNS)
 
         def solved(part: torch.Tensor) -> QuantizedLinear:
             solution = _solution(part, hessian, natural, factor, [(slice(0, len(part)), formats)], recipe)
@@ -169,6 +186,32 @@ def _permutation_bits(group: GroupModules) -> int:
     if group.name.endswith("ffn_down"):
         return 0
     return group.columns * permutation_dtype(group.columns).itemsize * 8
+
+
+def _table_formats(recipe: Recipe) -> tuple[str, ...]:
+    """What embedding and head can have."""
+    return recipe.formats if recipe.embedding_format == MIXED else (recipe.embedding_format,)
+
+
+def table_problems(source: SourceModel, calibration: Calibration, recipe: Recipe) -> list[TableProblem]:
+    """Embedding and head, or the one matrix that is both, with what their errors cost.
+
+    As a head, a matrix is a linear. As an embedding it adds its row to the residual stream: what an error of that costs
+    is the token's frequency times the channels' sensitivity.
+    """
+    head, embedding = calibration.statistics.head, calibration.statistics.embedding
+    natural = torch.arange(len(head.order), device=head.order.device)
+    factor = factorize(head.hessian, natural, recipe.damping, head.name)
+
+    def use(name: str, inputs: InputColumns, sensitivity: torch.Tensor) -> LinearProblem:
+        weight = source.tables().get(name, source.tables()["token_embd"]).detach()
+        return LinearProblem(name, 0, 1, weight, natural, inputs, sensitivity)
+
+    as_head = use("output", InputColumns.of_factor(factor.upper), head.sensitivity["output"])
+    as_embedding = use("token_embd", InputColumns.apart(embedding.sensitivity), embedding.frequency)
+    if source.tied:
+        return [TableProblem("token_embd", (as_head, as_embedding))]
+    return [TableProblem("token_embd", (as_embedding,)), TableProblem("output", (as_head,))]
 
 
 def natural_orders(calibration: Calibration) -> Mapping[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The tensor layout, of llama.cpp: columns in the model's own order, every tensor in one stock ggml type."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -9,7 +10,7 @@ from mgptq_export.families import GroupModules
 from mgptq_export.layouts.base import Allocated, Attempt, Calibration, Reach, SolvedGroup, check_delivered, decide
 from mgptq_export.layouts.columns import by_rows, linear_problems, natural_orders
 from mgptq_export.models import SourceModel
-from mgptq_export.recipe import Recipe
+from mgptq_export.recipe import MIXED, Recipe
 from mgptq_export.solver import best_rows, factorize, pack_tensor, solve_tensor, sub_block_order
 from mgptq_runtime.errors import BudgetError
 from mgptq_runtime.formats import GGML_FORMATS
@@ -19,8 +20,15 @@ __all__ = ["TensorLayout"]
 
 SUPER_BLOCK_COLUMNS = 256
 
-# For embedding and head, by the recipe's format: types of as many bits, the better one first.
-TABLE_TYPES = {"b1": ("q1_0",), "b2": ("q2_0",), "b3": ("q3_k",), "b4": ("q4_k", "q4_0"), "b8": ("q8_0",)}
+# For embedding and head, by the recipe's format: types of as many bits, the better one first. A tensor has one type.
+TABLE_TYPES = {
+    "b1": ("q1_0",),
+    "b2": ("q2_0",),
+    "b3": ("q3_k",),
+    "b4": ("q4_k", "q4_0"),
+    "b8": ("q8_0",),
+    MIXED: ("q4_k", "q4_0"),
+}
 
 
 class TensorLayout:
@@ -31,8 +39,9 @@ class TensorLayout:
 
     def reach(self, source: SourceModel, recipe: Recipe) -> Reach:
         """A type needs rows of whole blocks."""
-        lowest = highest = weights = 0.0
-        formats, excluded = {}, {}
+        lowest, highest, weights = 0.0, 0.0, 0
+        formats: dict[str, tuple[str, ...]] = {}
+        excluded = {}
         types = types_of(source, recipe)
         columns = {name: module.in_features for group in source.groups() for name, module in group.modules.items()}
         rows = {name: module.out_features for group in source.groups() for name, module in group.modules.items()}
@@ -46,12 +55,8 @@ class TensorLayout:
             weights += rows[name] * width
             lowest += rows[name] * width * GGML_FORMATS[possible[0]].bits_per_weight
             highest += rows[name] * width * GGML_FORMATS[possible[-1]].bits_per_weight
-        self.embedding_format(recipe, source.model.get_input_embeddings().weight.shape[1])
-        return Reach(lowest / weights, highest / weights, formats, excluded)
-
-    def embedding_format(self, recipe: Recipe, columns: int) -> str:
-        """The type of as many bits as the recipe's format."""
-        return types_for(columns, TABLE_TYPES[recipe.embedding_format], "token_embd", sort=False)[0]
+        formats |= {name: (_table_type(source, recipe),) for name in source.tables()}
+        return Reach(lowest / weights, highest / weights, weights, formats, excluded)
 
     def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe, attempt: Attempt) -> Allocated:
         """Tensors compete."""
@@ -65,7 +70,9 @@ class TensorLayout:
         def check(formats: Allocation) -> None:
             check_delivered(problem.stored_bits(formats) / weights, recipe, "tensors")
 
-        return decide(problem, orders, recipe, attempt, check)
+        tables: Allocation = {name: (_table_type(source, recipe),) for name in source.tables()}
+        settled = partial(Allocated, orders=orders, tables=tables, bits=recipe.bits)
+        return decide(problem, recipe, attempt, check, settled)
 
     def solve_group(
         self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe
@@ -78,10 +85,18 @@ class TensorLayout:
             linears.append(solver.solve(name, module.weight.detach().float(), fmt))
         return SolvedGroup(InputGroup(group.name, None, tuple(linears)), solver.damping)
 
-    def solve_table(self, name: str, weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> QuantizedLinear:
+    def solve_table(
+        self, name: str, weight: torch.Tensor, hessian: torch.Tensor, formats: Sequence[str], recipe: Recipe
+    ) -> QuantizedLinear:
         """One type throughout."""
-        solver, fmt = _TensorsOfOneInput(name, hessian, recipe), self.embedding_format(recipe, weight.shape[1])
+        solver, (fmt,) = _TensorsOfOneInput(name, hessian, recipe), formats
         return by_rows(weight, lambda part: solver.solve(name, part, fmt))
+
+
+def _table_type(source: SourceModel, recipe: Recipe) -> str:
+    """The type of embedding and head: as many bits as the recipe's format."""
+    columns = source.model.get_input_embeddings().weight.shape[1]
+    return types_for(columns, TABLE_TYPES[recipe.embedding_format], "token_embd", sort=False)[0]
 
 
 class _TensorsOfOneInput:

@@ -115,6 +115,11 @@ class SourceModel:
         """Whether embedding and head are one matrix."""
         return self.model.lm_head.weight is self.model.model.embed_tokens.weight
 
+    def tables(self) -> dict[str, torch.Tensor]:
+        """``token_embd``, and ``output`` where the head is another matrix: [vocabulary, hidden]."""
+        embedding = {"token_embd": self.model.model.embed_tokens.weight}
+        return embedding if self.tied else {**embedding, "output": self.model.lm_head.weight}
+
 
 def load_source(
     source: str, *, device: str = "cpu", trust_remote_code: bool = False, memory: Memory = IN_MEMORY

@@ -83,6 +83,7 @@ def recipe_options(recipe: Mapping[str, Any]) -> list[str]:
     recipe = {**Recipe().to_json(), **recipe}
     fast = all(recipe[name] == value for name, value in FAST.items() if name not in OPTIONS)
     defaults = Recipe().to_json() | (FAST if fast else {})
+    defaults["embedding_format"] = Recipe.default_embedding_format(recipe["size"])
     given = {name: option for name, option in OPTIONS.items() if recipe[name] != defaults[name] or name == "bits"}
     if recipe["size"] is not None:
         del given["bits"]

@@ -11,7 +11,7 @@ __all__ = ["container_files"]
 
 
 def container_files(skeleton: Skeleton) -> list[PlannedFile]:
-    """The container; each linear is taken to have as many segments as it can have.
+    """The container; each matrix is taken to have as many segments as it can have.
 
     Raises:
         BadInputError: the tokenizer does not fit the model.
@@ -24,9 +24,9 @@ def container_files(skeleton: Skeleton) -> list[PlannedFile]:
 
 
 def _padding(skeleton: Skeleton, alignment: int) -> int:
-    """The most that aligns the segments of all linears; nothing where rows are a multiple of 16."""
+    """The most that aligns the segments of all that competes; nothing where rows are a multiple of 16."""
     return sum(
         len(linear.segments)
         * max(most_padding(linear.rows * FORMATS[fmt].block_bytes, alignment) for fmt in skeleton.formats_of(linear))
-        for linear in skeleton.model.linears()
+        for linear in skeleton.competing()
     )

@@ -17,7 +17,7 @@ from torch import nn
 from mgptq_export.checkpoint import Checkpoint
 from mgptq_export.families import GroupModules
 from mgptq_export.golden import LENGTH, PROMPTS, TOP
-from mgptq_export.layouts import Layout, Reach
+from mgptq_export.layouts import Reach
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.formats import GGML_FORMATS, format_named, padded_columns
@@ -50,13 +50,15 @@ class Skeleton:
         checkpoint: every linear has as many segments as it can have; all bytes of packed data are one and the same.
         golden: zeros.
         formats: those that a linear may get, by its kind.
-        budget: bytes that all linears and permutations may take.
+        budget: bytes that all that competes and permutations may take.
+        mixed: whether embedding and head compete with the linears.
     """
 
     checkpoint: Checkpoint
     golden: GoldenVectors
     formats: Mapping[str, tuple[str, ...]]
     budget: int
+    mixed: bool
 
     @property
     def model(self) -> QuantizedModel:
@@ -64,31 +66,40 @@ class Skeleton:
         return self.checkpoint.model
 
     @property
+    def tables(self) -> list[QuantizedLinear]:
+        """The embedding, and the head where that is another matrix."""
+        return [self.model.embedding, *([self.model.head] if self.model.head else [])]
+
+    def competing(self) -> list[QuantizedLinear]:
+        """All that the budget is for."""
+        return [*self.model.linears(), *(self.tables if self.mixed else [])]
+
+    @property
     def unspent(self) -> int:
-        """The budget less what linears and permutations take here, which may be more."""
-        linears = sum(linear.stored_bytes for linear in self.model.linears())
-        return self.budget - linears - sum(group.permutation_bytes for group in self.model.groups)
+        """The budget less what it is for takes here, which may be more."""
+        matrices = sum(matrix.stored_bytes for matrix in self.competing())
+        return self.budget - matrices - sum(group.permutation_bytes for group in self.model.groups)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors of the model, the budget spent."""
-        tables = [self.model.embedding, *([self.model.head] if self.model.head else [])]
-        tensors = sum(tensor.nbytes for tensor in self.model.tensors.values())
-        return self.budget + sum(table.stored_bytes for table in tables) + tensors
+        tables = 0 if self.mixed else sum(table.stored_bytes for table in self.tables)
+        return self.budget + tables + sum(tensor.nbytes for tensor in self.model.tensors.values())
 
     def formats_of(self, linear: QuantizedLinear) -> tuple[str, ...]:
         """The formats that a linear may get."""
         return self.formats[linear.name.split(".")[-1]]
 
     def with_segments(self, count: int) -> "Skeleton":
-        """The same with at most ``count`` segments per linear, those of fewest bits."""
+        """The same with at most ``count`` segments per matrix, those of fewest bits."""
 
         def linear(old: QuantizedLinear) -> QuantizedLinear:
             formats = [segment.format for segment in old.segments[-count:]]
             return replace(_linear(old.name, old.rows, old.columns, formats), permutation=old.permutation)
 
         groups = [replace(group, linears=tuple(map(linear, group.linears))) for group in self.model.groups]
-        model = replace(self.model, groups=tuple(groups))
+        head = None if self.model.head is None else linear(self.model.head)
+        model = replace(self.model, groups=tuple(groups), embedding=linear(self.model.embedding), head=head)
         return replace(self, checkpoint=replace(self.checkpoint, model=model))
 
 
@@ -97,7 +108,7 @@ def most_padding(unit: int, alignment: int) -> int:
     return alignment - math.gcd(unit, alignment)
 
 
-def make_skeleton(source: SourceModel, recipe: Recipe, layout: Layout, reach: Reach, folder: Path) -> Skeleton:
+def make_skeleton(source: SourceModel, recipe: Recipe, reach: Reach, folder: Path) -> Skeleton:
     """The skeleton of a model.
 
     Args:
@@ -110,19 +121,20 @@ def make_skeleton(source: SourceModel, recipe: Recipe, layout: Layout, reach: Re
     """
     _materialize_vectors(source.model)
     rows, columns = source.model.get_input_embeddings().weight.shape
-    table = [layout.embedding_format(recipe, columns)]
+    tables = {name: _linear(name, rows, columns, reach.formats[name]) for name in source.tables()}
     model = QuantizedModel(
         source.family.name,
         source.family.hyperparameters(source.model),
         tuple(_group(group, reach) for group in source.groups()),
-        _linear("token_embd", rows, columns, table),
-        None if source.tied else _linear("output", rows, columns, table),
+        tables["token_embd"],
+        tables.get("output"),
         source.family.other_tensors(source.model),
     )
     quantization = {"name": source.name, "recipe": recipe.to_json()}
     checkpoint = Checkpoint(folder, model, {**source.config, "quantization_config": quantization})
-    budget = math.floor(min(recipe.bits, reach.highest) * model.linear_weights) // 8
-    return Skeleton(checkpoint, _golden(len(source.layers), rows, recipe), reach.formats, budget)
+    budget = math.floor(min(recipe.bits, reach.highest) * reach.weights) // 8
+    golden = _golden(len(source.layers), rows, recipe)
+    return Skeleton(checkpoint, golden, reach.formats, budget, mixed=reach.weights > model.linear_weights)
 
 
 def _materialize_vectors(model: nn.Module) -> None:

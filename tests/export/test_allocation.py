@@ -11,10 +11,12 @@ from mgptq_export.allocation import (
     Allocation,
     BlockProblem,
     LinearProblem,
+    TableProblem,
     Trial,
     allocate_by_gnn,
     allocate_by_hessian,
     allocate_uniformly,
+    share_budget,
 )
 from mgptq_export.allocation import linear as linear_module
 from mgptq_export.allocation.budget import cheapest_within, price_for
@@ -104,6 +106,55 @@ def bits_of(allocation: dict[str, tuple[str, ...]], linears: list[LinearProblem]
 def _quick_and_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Constants of the method that are tuned on real models have neutral values here."""
     monkeypatch.setattr(linear_module, "LARGE_ERROR_FACTOR", 0.0, raising=False)
+
+
+# Embedding and head under the same budget
+
+
+def table_of(name: str, strength: float, seed: int = 9) -> TableProblem:
+    return TableProblem(name, (random_linear(name, 0, 40, 150, seed, strength),))
+
+
+def test_what_tables_take_is_missing_for_the_linears(linears):
+    problem = problem_of(linears, 3.0)
+    tables = [table_of("token_embd", 1.0), table_of("output", 20.0, 10)]
+    chosen, costs, left = share_budget(problem, tables)
+    assert {name: len(blocks) for name, blocks in chosen.items()} == {"token_embd": 3, "output": 3}
+    assert all(list(blocks) == sorted(blocks, key=ALL_FORMATS.index, reverse=True) for blocks in chosen.values())
+    taken = sum(40 * FORMATS[fmt].block_bytes * 8 for blocks in chosen.values() for fmt in blocks)
+    assert left == problem.budget - taken
+    assert torch.equal(costs, problem.costs())
+    assert by_hessian(replace(problem, budget=left, estimated=costs)) == by_hessian(replace(problem, budget=left))
+
+
+def test_tables_get_as_many_bits_as_their_errors_are_worth(linears):
+    bits = [
+        sum(FORMATS[fmt].bits_per_weight for fmt in share_budget(problem_of(linears, 3.0), [table])[0]["token_embd"])
+        for table in (table_of("token_embd", strength) for strength in (0.0, 0.1, 1.0, 10.0, 1e4))
+    ]
+    assert bits == sorted(bits) and len(set(bits)) >= 4
+    assert (bits[0], bits[-1]) == (3 * FORMATS["b1"].bits_per_weight, 3 * FORMATS["b8"].bits_per_weight)
+
+
+def test_shares_are_the_cheapest_with_a_table_counted_twice(linears):
+    """As it is with the table as a linear of twice the sensitivity; brute force is trusted for those."""
+    table = random_linear("token_embd", 0, 40, 150, 9, 2.0)
+    problem = problem_of([*linears, table], 2.7)
+    chosen, _, _ = share_budget(replace(problem, linears=linears), [table_of("token_embd", 1.0)])
+    assert chosen["token_embd"] == by_hessian(problem)["token_embd"]
+
+
+def test_a_matrix_of_two_uses_minds_the_errors_of_both():
+    first, second = random_linear("token_embd", 0, 40, 150, 1), random_linear("token_embd", 0, 40, 150, 2)
+    second = replace(second, inputs=InputColumns.apart(torch.rand(150)))
+    together = TableProblem("token_embd", (first, second)).costs(ALL_FORMATS)
+    alone = [TableProblem("token_embd", (use,)).costs(ALL_FORMATS) for use in (first, second)]
+    assert torch.allclose(together, sum(alone))
+
+
+def test_columns_that_matter_nothing_may_lose_everything():
+    use = replace(random_linear("token_embd", 0, 40, 128, 1), inputs=InputColumns.apart(torch.zeros(128)))
+    assert not TableProblem("token_embd", (use,)).costs(ALL_FORMATS).any()
 
 
 # Choosing under a budget

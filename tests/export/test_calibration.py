@@ -22,6 +22,7 @@ from mgptq_export.calibration import (
 from mgptq_export.calibration.head import backward_through_head
 from mgptq_export.calibration.text import cache_for, drawn, skip_drawing
 from mgptq_export.compute import compute_dtype, computing_in
+from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel, load_source
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
 
@@ -108,6 +109,28 @@ def test_sensitivity_is_the_mean_squared_gradient_of_the_sampled_loss(odd_model,
     for group in statistics.groups.values():
         for name, found in group.sensitivity.items():
             assert torch.allclose(found, expected[name], rtol=1e-3, atol=1e-7), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_embedding_and_head_have_statistics_of_their_own(tmp_path, family):
+    """The oracle adds a zero to what the embedding puts out, which Gemma multiplies, and asks for its gradient."""
+    source = load_source(str(tiny_models.write_model(tmp_path / "model", family)))
+    embedding, vocabulary = source.model.get_input_embeddings(), source.model.config.vocab_size
+    tokens = torch.randint(0, vocabulary, (3, 16), generator=generator(1))
+    statistics = collect_statistics(source, tokens, 2, generator(3))
+    labels, multiplier = generator(3), 1.0 if family == "llama" else source.model.config.hidden_size**0.5
+    variance, squares = torch.zeros(vocabulary), torch.zeros(source.model.config.hidden_size)
+    for sequence in tokens[:2]:
+        zeros = torch.zeros(1, len(sequence), len(squares), requires_grad=True)
+        with hooked([embedding.register_forward_hook(lambda module, inputs, output, z=zeros: output + z)]):
+            logits = source.model(sequence[None]).logits[0]
+        p = logits.detach().softmax(-1)
+        loss = -logits.log_softmax(-1).gather(1, drawn(p, labels)).sum()
+        squares += (multiplier * torch.autograd.grad(loss, zeros)[0][0]).square().sum(0) / 32
+        variance += (p - p.square()).sum(0) / 32
+    assert torch.allclose(statistics.head.sensitivity["output"], variance, rtol=1e-4, atol=1e-8)
+    assert torch.allclose(statistics.embedding.sensitivity, squares, rtol=1e-3, atol=1e-9)
+    assert statistics.embedding.frequency.tolist() == [(tokens == i).float().mean().item() for i in range(vocabulary)]
 
 
 def test_measuring_leaves_no_hooks_and_no_gradients(source, tokens):

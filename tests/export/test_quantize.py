@@ -21,6 +21,7 @@ from mgptq_export.layouts import COLUMNS, columns
 from mgptq_export.models import SourceModel, load_quantized_weights, load_shape, load_source
 from mgptq_export.quantize import calibrate, quantize, round_to_nearest
 from mgptq_runtime.errors import BadInputError, BudgetError, NumericalError, PackageError, UnsupportedModelError
+from mgptq_runtime.formats import FORMATS
 from mgptq_runtime.quantized_model import QuantizedModel
 
 TOKENS = torch.arange(40).view(2, 20)
@@ -101,6 +102,31 @@ def test_budget_is_met_with_all_overheads_counted(even_model, allocator, bits):
 def test_budget_counts_the_padding_of_odd_sizes(odd_model, bits):
     result = quantize(load_source(str(odd_model)), replace(RECIPE, bits=bits, allocator="hessian"))
     assert bits - 0.05 < recounted_bits(result.model) <= bits
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "hessian", "gnn"])
+@pytest.mark.parametrize("model", ["even_model", "odd_model"], ids=["tied", "untied"])
+@pytest.mark.parametrize("bits", [1.8, 2.5, 4.0])
+def test_a_mixed_embedding_shares_the_bits(request, model, allocator, bits):
+    recipe = replace(RECIPE, allocator=allocator, bits=bits, size=1, embedding_format="mixed", training_steps=1)
+    source = load_source(str(request.getfixturevalue(model)))
+    result = quantize(source, recipe)
+    tables = [result.model.embedding, *([result.model.head] if result.model.head else [])]
+    of_tables = sum(table.stored_bytes * 8 for table in tables)
+    weights = sum(table.rows * table.columns for table in tables)
+    linears = result.model.linear_weights
+    spent = (recounted_bits(result.model) * linears + of_tables) / (linears + weights)
+    assert bits - 0.1 < spent <= bits
+    assert recounted_bits(result.model) <= result.bits
+    for module, table in zip((source.model.model.embed_tokens, source.model.lm_head), tables, strict=False):
+        order = [list(FORMATS).index(segment.format) for segment in table.segments]
+        assert order == sorted(order, reverse=True)
+        assert torch.equal(module.weight, torch.from_numpy(table.dequantize()))
+
+
+def test_a_mixed_embedding_needs_a_size_to_share():
+    with pytest.raises(BadInputError, match="there is none; ask for a size"):
+        replace(RECIPE, embedding_format="mixed")
 
 
 @pytest.mark.parametrize("bits", [0.9, 1.2, 8.5, 20.0, float("nan"), -1.0])

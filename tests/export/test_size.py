@@ -164,6 +164,56 @@ def test_model_files_fit_in_the_size_and_use_it(request, tmp_path, name, targets
     assert manifest["recipe"]["size"] == size
 
 
+@pytest.mark.parametrize(
+    ("name", "share", "target"),
+    [("model", 0.0, "container"), ("model", 0.1, "container"), ("model", 0.3, "onnx"), ("odd_model", 0.6, "container")],
+)
+def test_a_size_is_shared_with_a_mixed_embedding(request, tmp_path, name, share, target):
+    """Of what lies between the fewest bits and the most."""
+    model = request.getfixturevalue(name)
+    reason = planned_at(model, [target], size=1, embedding_format="mixed")[target]["reason"]
+    least = int(reason.split("this model takes ")[1].split()[0])
+    most = planned_at(model, [target], size=10**12, embedding_format="mixed")[target]["model_bytes"]
+    recipe = replace(QUICK, size=int(least + share * (most - least)), embedding_format="mixed")
+    planned = planned_at(model, [target], size=recipe.size, embedding_format="mixed")[target]
+    assert planned["reachable"] and planned["embedding_format"] == "mixed"
+    manifest = pipeline.run(str(model), tmp_path / "out", recipe, [target])
+    assert recipe.size * 0.92 <= written(tmp_path / "out", target) <= recipe.size
+    assert written(tmp_path / "out", target) <= planned["model_bytes"]
+    assert manifest["bits"]["stored"] <= manifest["bits"]["requested"] == manifest["recipe"]["bits"]
+    assert manifest["recipe"]["embedding_format"] == "mixed"
+
+
+def test_a_mixed_embedding_fits_where_one_of_four_bits_does_not(model):
+    smallest = {}
+    for fmt in ("mixed", "b3", "b4", "b8"):
+        reason = planned_at(model, ["onnx"], size=20_000, embedding_format=fmt)["onnx"]["reason"]
+        smallest[fmt] = int(reason.split("this model takes ")[1].split()[0])
+        assert ("take --embedding-format mixed" in reason) == (fmt != "mixed")
+    assert sorted(smallest, key=lambda fmt: smallest[fmt]) == ["mixed", "b3", "b4", "b8"]
+
+
+def test_llama_cpp_takes_a_mixed_embedding_as_one_of_four_bits(even_model):
+    size = size_for(even_model, "llama.cpp", 3.0)
+    planned = [planned_at(even_model, ["llama.cpp"], size=size, embedding_format=fmt) for fmt in ("mixed", "b4")]
+    # The word itself is longer, in the file's metadata.
+    assert planned[0]["llama.cpp"]["bits"] == pytest.approx(planned[1]["llama.cpp"]["bits"], abs=0.01)
+    assert planned[0]["llama.cpp"]["embedding_format"] == "q4_0"
+
+
+def test_a_size_is_for_a_mixed_embedding_unless_told_otherwise(even_model):
+    def planned(*options: str) -> str:
+        found = CliRunner().invoke(cli.cli, ["plan", str(even_model), "--targets", "onnx", "--json", *options])
+        return json.loads(found.stdout)["targets"]["onnx"]["embedding_format"]
+
+    assert planned("--size", "1MB") == "mixed"
+    shown = CliRunner().invoke(cli.cli, ["plan", str(even_model), "--targets", "onnx", "--size", "1MB"]).stdout
+    assert "bits with the embedding, at most" in shown
+    assert planned("--size", "1MB", "--embedding-format", "b4") == planned() == planned("--bits", "3") == "b4"
+    refused = CliRunner().invoke(cli.cli, ["plan", str(even_model), "--embedding-format", "mixed"])
+    assert refused.exit_code == 1 and "ask for a size" in f"{refused.output}{refused.exception}"
+
+
 @pytest.mark.parametrize("allocator", ["gnn", "uniform"])
 def test_every_allocator_keeps_the_size(even_model, tmp_path, allocator):
     size = size_for(even_model, "container", 2.2)
@@ -257,9 +307,9 @@ def test_the_size_travels_with_the_container(even_model, tmp_path):
 @pytest.mark.parametrize("target", ALL)
 def test_a_size_that_is_too_small_is_refused_before_anything_runs(even_model, tmp_path, monkeypatch, target):
     monkeypatch.setattr(pipeline, "calibrate", lambda *_: pytest.fail("it ran"))
-    recipe = replace(QUICK, size=20_000, embedding_format="b8")
+    recipe, smaller = replace(QUICK, size=20_000, embedding_format="b8"), "b4" if target == "llama.cpp" else "mixed"
     with pytest.raises(
-        BudgetError, match=f"20000 bytes are too few for target {target}.*--embedding-format b4"
+        BudgetError, match=f"20000 bytes are too few for target {target}.*--embedding-format {smaller}"
     ) as told:
         pipeline.run(str(even_model), tmp_path / "out", recipe, [target])
     assert list(tmp_path.iterdir()) == []
@@ -326,7 +376,7 @@ def test_quantize_then_export_keeps_the_size(even_model, tmp_path):
 
 
 def randomly_allocated(skeleton: Skeleton, choose: random.Random) -> Skeleton:
-    """A skeleton whose linears have blocks of formats drawn at random, as an allocator could choose them."""
+    """A skeleton whose matrices have blocks of formats drawn at random, as an allocator could choose them."""
 
     def linear(old: QuantizedLinear) -> QuantizedLinear:
         formats = choose.sample(list(FORMATS), choose.randint(1, len(FORMATS)))
@@ -339,16 +389,18 @@ def randomly_allocated(skeleton: Skeleton, choose: random.Random) -> Skeleton:
         return replace(old, segments=segments)
 
     groups = [replace(group, linears=tuple(map(linear, group.linears))) for group in skeleton.model.groups]
-    allocated = replace(skeleton.model, groups=tuple(groups))
+    embedding = linear(skeleton.model.embedding) if skeleton.mixed else skeleton.model.embedding
+    allocated = replace(skeleton.model, groups=tuple(groups), embedding=embedding)
     return replace(skeleton, checkpoint=replace(skeleton.checkpoint, model=allocated))
 
 
+@pytest.mark.parametrize("recipe", [QUICK, replace(QUICK, size=1, embedding_format="mixed")], ids=["b4", "mixed"])
 @pytest.mark.parametrize("sizes", [EVEN, {"hidden_size": 512, "intermediate_size": 1408}], ids=["even", "large"])
-def test_no_allocation_makes_a_graph_larger_than_its_most(tmp_path, sizes):
+def test_no_allocation_makes_a_graph_larger_than_its_most(tmp_path, sizes, recipe):
     model = tiny_models.write_llama(tmp_path / "model", **{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2})
     source = load_shape(str(model))
     with tokenizer_files(source.tokenizer_folder, 331) as folder:
-        skeleton = make_skeleton(source, QUICK, COLUMNS, COLUMNS.reach(source, QUICK), folder)
+        skeleton = make_skeleton(source, recipe, COLUMNS.reach(source, recipe), folder)
         most = {file.path: file.most for file in onnx_size.onnx_files(skeleton)}["onnx/model.onnx"]
         found = []
         for seed in range(6):
@@ -363,7 +415,7 @@ def test_no_allocation_makes_a_graph_larger_than_its_most(tmp_path, sizes):
 
 def test_the_commands_take_a_size(even_model, tmp_path):
     size = plan_model(str(even_model), Recipe(), ["container"])["targets"]["container"]["model_bytes"]
-    options = ["--targets", "container", "--size", f"{size / 1000} KB"]
+    options = ["--targets", "container", "--size", f"{size / 1000} KB", "--embedding-format", "b4"]
     planned = CliRunner().invoke(cli.cli, ["plan", str(even_model), *options])
     assert planned.exit_code == 0 and f"bits, at most {format_size(size)}" in planned.stdout
     told = json.loads(CliRunner().invoke(cli.cli, ["plan", str(even_model), *options, "--json"]).stdout)

@@ -18,7 +18,7 @@ from mgptq_export.targets.onnx.export import (
     set_operators,
 )
 from mgptq_export.targets.onnx.external_data import ALIGNMENT
-from mgptq_export.targets.onnx.operators import MATMUL, operators
+from mgptq_export.targets.onnx.operators import HEAD, MATMUL, operators
 from mgptq_export.targets.skeleton import PlannedFile, Skeleton, most_padding
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.package import ONNX_FOLDER
@@ -27,6 +27,7 @@ from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, Quantized
 __all__ = ["onnx_files"]
 
 SCALE_BYTES = 2
+TABLES = ("token_embd", "output")
 LEVELS = {MODEL: FAST_LEVEL, EXACT_MODEL: EXACT_LEVEL}
 # How many formats the allocator gives a linear: a guess that only the graphs' sizes depend on.
 USUAL_SEGMENTS = 2
@@ -43,13 +44,18 @@ def onnx_files(skeleton: Skeleton) -> list[PlannedFile]:
     """
     usual = skeleton.with_segments(USUAL_SEGMENTS)
     widest = replace(skeleton, checkpoint=replace(skeleton.checkpoint, model=_ungrouped(skeleton.model)))
-    segments = sum(len(linear.segments) for linear in skeleton.model.linears())
+    # A tied matrix is named by the embedding's nodes and by the head's.
+    segments = sum(len(matrix.segments) for matrix in (*skeleton.competing(), skeleton.model.embedding))
     with tempfile.TemporaryDirectory() as scratch:
         model, end = _sized_graph(usual, Path(scratch) / "usual")
         sizes = {name: _graph_size(model, level, Path(scratch) / name) for name, level in LEVELS.items()}
         model, _ = _sized_graph(widest, Path(scratch) / "widest", pairs=False)
-        allowed = [set(formats) for formats in skeleton.formats.values()]
-        possible = {name for formats, name in MATMUL.items() if any(found.issuperset(formats) for found in allowed)}
+        possible = {
+            name
+            for matrix, formats_of in skeleton.formats.items()
+            for formats, name in (HEAD if matrix in TABLES else MATMUL).items()
+            if set(formats_of).issuperset(formats)
+        }
         most = {name: _graph_size(model, level, Path(scratch) / name, possible) for name, level in LEVELS.items()}
     weights = end + usual.unspent + _padding(usual)
     graphs = [
@@ -129,9 +135,9 @@ def _graph_size(model: ir.Model, accuracy_level: int, path: Path, more_operators
 
 
 def _padding(skeleton: Skeleton) -> int:
-    """The most that aligns codes and scales of all linears; nothing where rows are a multiple of 32."""
+    """The most that aligns codes and scales of all that competes; nothing where rows are a multiple of 32."""
     total = 0
-    for linear in skeleton.model.linears():
+    for linear in skeleton.competing():
         formats = [FORMATS[name] for name in skeleton.formats_of(linear)]
         codes = max(most_padding(linear.rows * (fmt.block_bytes - SCALE_BYTES), ALIGNMENT) for fmt in formats)
         scales = most_padding(linear.rows * SCALE_BYTES, ALIGNMENT)
