@@ -29,8 +29,9 @@ from mgptq_export.history import History
 from mgptq_export.layouts import COLUMNS, Calibration
 from mgptq_export.models import SourceModel, load_source
 from mgptq_export.packaging import complete, write_targets
+from mgptq_export.planning import plan_model
 from mgptq_export.quantize import calibrate, quantize, round_to_nearest
-from mgptq_export.recipe import Recipe
+from mgptq_export.recipe import MIXED, Recipe
 from mgptq_export.recovery import recover
 from mgptq_export.sizes import format_size
 from mgptq_export.solved import save_solved
@@ -56,6 +57,7 @@ class Row:
         samples: calibration sequences, where not the default; the model writes none of its own beside them then.
         recovered: whether scales and norms are trained afterwards.
         sampled: whether the model writes its calibration text itself.
+        mixed: whether the embedding competes for the bytes that a container of these bits and a 4-bit embedding takes.
     """
 
     allocator: str
@@ -64,13 +66,15 @@ class Row:
     samples: int = Recipe.samples
     recovered: bool = False
     sampled: bool = False
+    mixed: bool = False
 
     @property
     def method(self) -> str:
         """What the table calls it."""
         little = "" if self.samples == Recipe.samples else f", {self.samples} samples"
         own = ", self-sampled text" if self.sampled else ""
-        return self.allocator + little + own + (" + recovery" if self.recovered else "")
+        mixed = ", mixed embedding" if self.mixed else ""
+        return self.allocator + little + own + mixed + (" + recovery" if self.recovered else "")
 
     @property
     def key(self) -> str:
@@ -87,6 +91,7 @@ def rows(seeds: int) -> Iterator[Row]:
     for seed in range(seeds):
         for bits in STORED_BITS:
             yield from (Row(one, bits, seed, recovered=True) for one in ("gnn", "hessian"))
+            yield Row("gnn", bits, seed, recovered=True, mixed=True)
     yield Row("gnn", 2.5, recovered=True, sampled=True)
     for bits in STORED_BITS:
         yield Row("uniform", bits, recovered=True)
@@ -103,6 +108,7 @@ class Bench:
     def __init__(
         self, model: str, calibration: str, texts: Mapping[str, Path], windows: int, packages: Path | None = None
     ) -> None:
+        self.model = model
         self.source: SourceModel = load_source(model)
         self.original = self._weights()
         self.recipe = Recipe(calibration=calibration)
@@ -145,6 +151,8 @@ class Bench:
             allocator="uniform" if row.allocator == "rounding" else row.allocator,
             calibration="self" if row.sampled else self.recipe.calibration,
         )
+        if row.mixed:
+            recipe = self._mixed(recipe)
         calibration = self.calibration(recipe)
         original = self.source.copy()
         start = time.monotonic() - self._calibration_seconds
@@ -159,6 +167,15 @@ class Bench:
             model = recover(self.source, original, model, calibration.text, steps=steps, seed=recipe.seed).model
             minutes += (time.monotonic() - start) / 60
             yield row, self._result(row, self._package(row, model, recipe, calibration) | {"minutes": minutes})
+
+    def _mixed(self, recipe: Recipe) -> Recipe:
+        """A recipe of the same size, with a mixed embedding."""
+        size = self._planned(recipe)["model_bytes"]
+        recipe = replace(recipe, size=size, embedding_format=MIXED)
+        return replace(recipe, bits=self._planned(recipe)["bits"])
+
+    def _planned(self, recipe: Recipe) -> Any:
+        return plan_model(self.model, recipe, ["container"])["targets"]["container"]
 
     def _quantize(self, row: Row, recipe: Recipe, calibration: Calibration) -> QuantizedModel:
         if row.allocator == "rounding":

@@ -35,7 +35,8 @@ def test_every_method_has_its_rows_and_seeds() -> None:
         "hessian + recovery/3.0/2",
         "gnn + recovery/2.5/2",
     }
-    assert wanted | {"gnn, 16 samples/2.25/0"} <= set(keys)
+    wanted |= {"gnn, 16 samples/2.25/0", "gnn, mixed embedding + recovery/2.5/2"}
+    assert wanted <= set(keys)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,13 @@ def test_a_row_has_the_bits_that_it_names(bench: Bench, row: Row) -> None:
         assert row.bits - 0.05 < result["stored_bits"] <= row.bits
         assert math.isfinite(result["perplexity"]["text"])
     assert len({result["perplexity"]["text"] for result in measured.values()}) == len(measured)
+
+
+def test_a_mixed_embedding_has_no_more_bytes(bench: Bench) -> None:
+    (plain,) = dict(bench.measure(Row("hessian", 2.6))).values()
+    (mixed,) = dict(bench.measure(Row("hessian", 2.6, mixed=True))).values()
+    assert plain["bytes"] * 0.95 < mixed["bytes"] <= plain["bytes"] + 4096
+    assert mixed["stored_bits"] != plain["stored_bits"]
 
 
 def test_perplexity_is_that_of_the_runtime(bench: Bench) -> None:
