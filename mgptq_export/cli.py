@@ -161,9 +161,10 @@ def _job(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+EMBEDDING_FORMATS = ("b3", "b4", "b8")
 EMBEDDING_FORMAT = click.option(
     "--embedding-format",
-    type=click.Choice(["b3", "b4", "b8", MIXED]),
+    type=click.Choice([*EMBEDDING_FORMATS, MIXED]),
     help="Of embedding and head. mixed: their blocks share the budget of --size with those of all linears; for "
     f"llama.cpp as b4. [default: {Recipe.embedding_format}; with --size {Recipe.default_embedding_format(1)}]",
 )
@@ -209,7 +210,6 @@ METHOD = _options(
     _count("--own-samples", 0, "Calibration sequences that the model writes itself, beside those of a text."),
     _count("--sequence-length", 2, "Tokens per calibration sequence."),
     click.option("--seed", type=int, default=Recipe.seed, show_default=True, help="Of everything random."),
-    EMBEDDING_FORMAT,
     GGML_TYPES,
     _count("--trials", 1, "Quantizations of the whole model that the gnn allocator learns from."),
     click.option(
@@ -234,7 +234,7 @@ METHOD = _options(
     ),
     click.option("--fast", is_flag=True, help=f"For a first look: {FAST_OPTIONS}, where they are not given."),
 )
-RECIPE = _options(BUDGET, METHOD)
+RECIPE = _options(BUDGET, METHOD, EMBEDDING_FORMAT)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -351,6 +351,13 @@ def quantize(
     help="Another program's quantization of MODEL to score, too. May be repeated.",
 )
 @METHOD
+@click.option(
+    "--embedding-format",
+    type=click.Choice(EMBEDDING_FORMATS),
+    default=Recipe.embedding_format,
+    show_default=True,
+    help="Of embedding and head.",
+)
 @click.option(
     "--targets", default="container", show_default=True, callback=_split, help="Comma-separated targets to write."
 )

@@ -109,7 +109,7 @@ def bits_for_size(source: SourceModel, recipe: Recipe, targets: Sequence[str], f
 def _most_bits(source: SourceModel, recipe: Recipe, name: str, folder: Path) -> float:
     """:func:`bits_for_size` for one target.
 
-    A file is so many bytes, of which the linears have none, and their budget. Only the digits of the bits themselves,
+    A file is so many bytes, of which what competes has none, and its budget. Only the digits of the bits themselves,
     in its metadata, are as many as the bits want; so the former are counted at bits that have all digits.
     """
     if recipe.size is None:

@@ -69,7 +69,7 @@ def sweep(
 
     Args:
         out: the folder of the packages, of ``sweep.json`` and of its picture, ``sweep.html``.
-        recipe: its bits and size do not matter.
+        recipe: its bits and size do not matter; its embedding must not be mixed, which takes a size.
         budgets: stored bits per linear weight, at least one.
         text: what to evaluate on.
         against: GGUF files of the same model, quantized by others, to score on the same windows.

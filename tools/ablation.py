@@ -156,7 +156,8 @@ class Bench:
         calibration = self.calibration(recipe)
         original = self.source.copy()
         start = time.monotonic() - self._calibration_seconds
-        model = self._quantize(row, recipe, calibration)
+        model, bits = self._quantize(row, recipe, calibration)
+        recipe = replace(recipe, bits=bits)
         minutes = (time.monotonic() - start) / 60
         before = replace(row, recovered=False)
         solved = replace(recipe, recovery_steps=0)
@@ -170,17 +171,20 @@ class Bench:
 
     def _mixed(self, recipe: Recipe) -> Recipe:
         """A recipe of the same size, with a mixed embedding."""
-        size = self._planned(recipe)["model_bytes"]
+        size = self._planned(recipe, ["container"])["container"]["model_bytes"]
         recipe = replace(recipe, size=size, embedding_format=MIXED)
-        return replace(recipe, bits=self._planned(recipe)["bits"])
+        planned = self._planned(recipe, ["container", "onnx"] if self.packages else ["container"])
+        return replace(recipe, bits=planned["container"]["bits"])
 
-    def _planned(self, recipe: Recipe) -> Any:
-        return plan_model(self.model, recipe, ["container"])["targets"]["container"]
+    def _planned(self, recipe: Recipe, targets: list[str]) -> Any:
+        return plan_model(self.model, recipe, targets)["targets"]
 
-    def _quantize(self, row: Row, recipe: Recipe, calibration: Calibration) -> QuantizedModel:
+    def _quantize(self, row: Row, recipe: Recipe, calibration: Calibration) -> tuple[QuantizedModel, float]:
+        """The model, and the stored bits per linear weight that it had room for."""
         if row.allocator == "rounding":
-            return round_to_nearest(self.source, CODE_BITS[int(recipe.bits)], recipe)
-        return quantize(self.source, recipe, COLUMNS, calibration).model
+            return round_to_nearest(self.source, CODE_BITS[int(recipe.bits)], recipe), recipe.bits
+        quantized = quantize(self.source, recipe, COLUMNS, calibration)
+        return quantized.model, quantized.bits
 
     def _package(self, row: Row, model: QuantizedModel, recipe: Recipe, calibration: Calibration) -> dict[str, Any]:
         """Export the model that ``source`` holds; what its container weighs."""

@@ -11,8 +11,8 @@ from mgptq_export.allocation.problem import Allocation, BlockProblem, energies_o
 
 __all__ = ["TableProblem", "share_budget"]
 
-# What an estimate of a table is worth beside one of a linear. Linears' estimates promise more than is lost in the end,
-# as later layers and recovery make up for their errors; behind the head comes nothing that could.
+# What an estimate of a table is worth beside one of a linear, of which less is left in the end: later layers make up
+# for the errors of earlier ones, and behind the head there are none.
 TABLE_WEIGHT = 2.0
 
 

@@ -117,16 +117,19 @@ class Reach:
     Attributes:
         lowest, highest: over all linears; with a mixed embedding over it and the head as well.
         weights: how many these are.
-        formats: for every kind of linear (``attn_q``), for ``token_embd`` and, where that is another matrix,
-            ``output``, the formats that it can have.
+        mixed: whether embedding and head are among them.
+        formats: for every kind of linear (``attn_q``) the formats that it can have.
         excluded: for every kind of linear the formats that it cannot have, and why.
+        tables: for ``token_embd`` and, where that is another matrix, ``output`` the formats that it can have.
     """
 
     lowest: float
     highest: float
     weights: int
+    mixed: bool
     formats: Mapping[str, tuple[str, ...]]
     excluded: Mapping[str, Mapping[str, str]]
+    tables: Mapping[str, tuple[str, ...]]
 
     def includes(self, bits: float) -> bool:
         """Whether something in (bits - BITS_WINDOW, bits] can be delivered, as far as the extremes tell."""

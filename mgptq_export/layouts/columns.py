@@ -48,12 +48,10 @@ class ColumnLayout:
     def reach(self, source: SourceModel, recipe: Recipe) -> Reach:
         """Any row length fits: blocks are padded."""
         weights = padded = permutations = 0
-        formats = dict.fromkeys(source.linear_kinds(), recipe.formats)
-        for name, table in source.tables().items():
-            formats[name] = _table_formats(recipe)
-            if recipe.embedding_format == MIXED:
-                weights += table.numel()
-                padded += len(table) * padded_columns(table.shape[1])
+        mixed, kinds = recipe.embedding_format == MIXED, source.linear_kinds()
+        for table in source.tables().values() if mixed else ():
+            weights += table.numel()
+            padded += len(table) * padded_columns(table.shape[1])
         for group in source.groups():
             rows = sum(module.out_features for module in group.modules.values())
             weights += rows * group.columns
@@ -64,8 +62,10 @@ class ColumnLayout:
             lowest=min(per_weight) * padded / weights,
             highest=(max(per_weight) * padded + permutations) / weights,
             weights=weights,
-            formats=formats,
-            excluded={kind: {} for kind in source.linear_kinds()},
+            mixed=mixed,
+            formats=dict.fromkeys(kinds, recipe.formats),
+            excluded={kind: {} for kind in kinds},
+            tables=dict.fromkeys(source.tables(), recipe.formats if mixed else (recipe.embedding_format,)),
         )
 
     def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe, attempt: Attempt) -> Allocated:
@@ -83,7 +83,7 @@ class ColumnLayout:
             world=source.world,
         )
         weights, bits = sum(linear.rows * linear.columns for linear in problem.linears), recipe.bits
-        if recipe.embedding_format == MIXED:
+        if reach.mixed:
             tables, costs, left = share_budget(problem, table_problems(source, calibration, recipe))
             bits = math.ceil((left + permutations) / weights * BITS_GRID) / BITS_GRID
             problem = replace(problem, budget=left, estimated=costs)
@@ -99,6 +99,8 @@ class ColumnLayout:
 
     def _is_one_format(self, source: SourceModel, recipe: Recipe) -> bool:
         """Whether ``uniform`` comes out even without permutations: the plain method, one format throughout."""
+        if recipe.allocator != "uniform" or recipe.embedding_format == MIXED:
+            return False
         weights = sum(module.weight.numel() for group in source.groups() for module in group.modules.values())
         padded = sum(
             module.out_features * padded_columns(group.columns)
@@ -106,7 +108,7 @@ class ColumnLayout:
             for module in group.modules.values()
         )
         exact = [FORMATS[name].bits_per_weight * padded / weights for name in recipe.formats]
-        return recipe.allocator == "uniform" and any(abs(bits - recipe.bits) < 1e-9 for bits in exact)
+        return any(abs(bits - recipe.bits) < 1e-9 for bits in exact)
 
     def solve_group(
         self, group: GroupModules, hessian: torch.Tensor, allocated: Allocated, recipe: Recipe
@@ -186,11 +188,6 @@ def _permutation_bits(group: GroupModules) -> int:
     if group.name.endswith("ffn_down"):
         return 0
     return group.columns * permutation_dtype(group.columns).itemsize * 8
-
-
-def _table_formats(recipe: Recipe) -> tuple[str, ...]:
-    """What embedding and head can have."""
-    return recipe.formats if recipe.embedding_format == MIXED else (recipe.embedding_format,)
 
 
 def table_problems(source: SourceModel, calibration: Calibration, recipe: Recipe) -> list[TableProblem]:

@@ -24,7 +24,7 @@ SUPER_BLOCK_COLUMNS = 256
 TABLE_TYPES = {
     "b1": ("q1_0",),
     "b2": ("q2_0",),
-    "b3": ("q3_k",),
+    "b3": ("q3_k", "q4_0"),
     "b4": ("q4_k", "q4_0"),
     "b8": ("q8_0",),
     MIXED: ("q4_k", "q4_0"),
@@ -40,8 +40,7 @@ class TensorLayout:
     def reach(self, source: SourceModel, recipe: Recipe) -> Reach:
         """A type needs rows of whole blocks."""
         lowest, highest, weights = 0.0, 0.0, 0
-        formats: dict[str, tuple[str, ...]] = {}
-        excluded = {}
+        formats, excluded = {}, {}
         types = types_of(source, recipe)
         columns = {name: module.in_features for group in source.groups() for name, module in group.modules.items()}
         rows = {name: module.out_features for group in source.groups() for name, module in group.modules.items()}
@@ -55,8 +54,15 @@ class TensorLayout:
             weights += rows[name] * width
             lowest += rows[name] * width * GGML_FORMATS[possible[0]].bits_per_weight
             highest += rows[name] * width * GGML_FORMATS[possible[-1]].bits_per_weight
-        formats |= {name: (_table_type(source, recipe),) for name in source.tables()}
-        return Reach(lowest / weights, highest / weights, weights, formats, excluded)
+        return Reach(
+            lowest=lowest / weights,
+            highest=highest / weights,
+            weights=weights,
+            mixed=False,
+            formats=formats,
+            excluded=excluded,
+            tables=_table_types(source, recipe),
+        )
 
     def allocate(self, source: SourceModel, calibration: Calibration, recipe: Recipe, attempt: Attempt) -> Allocated:
         """Tensors compete."""
@@ -70,8 +76,7 @@ class TensorLayout:
         def check(formats: Allocation) -> None:
             check_delivered(problem.stored_bits(formats) / weights, recipe, "tensors")
 
-        tables: Allocation = {name: (_table_type(source, recipe),) for name in source.tables()}
-        settled = partial(Allocated, orders=orders, tables=tables, bits=recipe.bits)
+        settled = partial(Allocated, orders=orders, tables=_table_types(source, recipe), bits=recipe.bits)
         return decide(problem, recipe, attempt, check, settled)
 
     def solve_group(
@@ -93,10 +98,11 @@ class TensorLayout:
         return by_rows(weight, lambda part: solver.solve(name, part, fmt))
 
 
-def _table_type(source: SourceModel, recipe: Recipe) -> str:
-    """The type of embedding and head: as many bits as the recipe's format."""
+def _table_types(source: SourceModel, recipe: Recipe) -> Allocation:
+    """The type of embedding and head: as many bits as the recipe's format, or more where rows do not fit."""
     columns = source.model.get_input_embeddings().weight.shape[1]
-    return types_for(columns, TABLE_TYPES[recipe.embedding_format], "token_embd", sort=False)[0]
+    fmt = types_for(columns, TABLE_TYPES[recipe.embedding_format], "token_embd", sort=False)[0]
+    return dict.fromkeys(source.tables(), (fmt,))
 
 
 class _TensorsOfOneInput:

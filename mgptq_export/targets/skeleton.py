@@ -1,6 +1,6 @@
 """A quantized model without weights: what the writers need to tell how large their files will be.
 
-The recipe's bits are spent to the last; which linear gets how many is not known yet. So a skeleton spends them anyhow,
+The recipe's bits are spent to the last; which matrix gets how many is not known yet. So a skeleton spends them anyhow,
 and says how far off that is.
 """
 
@@ -27,6 +27,10 @@ from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, Quantized
 __all__ = ["PlannedFile", "Skeleton", "make_skeleton", "most_padding"]
 
 
+# None that are written have more digits.
+LONGEST_BITS = 99.9999
+
+
 @dataclass(frozen=True)
 class PlannedFile:
     """Attributes:
@@ -47,9 +51,9 @@ class Skeleton:
     """What an exporter takes, of the right shapes and without values.
 
     Attributes:
-        checkpoint: every linear has as many segments as it can have; all bytes of packed data are one and the same.
+        checkpoint: every matrix has as many segments as it can have; all bytes of packed data are one and the same.
         golden: zeros.
-        formats: those that a linear may get, by its kind.
+        formats: those that a linear may get, by its kind, and embedding and head, by their names.
         budget: bytes that all that competes and permutations may take.
         mixed: whether embedding and head compete with the linears.
     """
@@ -87,7 +91,7 @@ class Skeleton:
         return self.budget + tables + sum(tensor.nbytes for tensor in self.model.tensors.values())
 
     def formats_of(self, linear: QuantizedLinear) -> tuple[str, ...]:
-        """The formats that a linear may get."""
+        """The formats that a linear, embedding or head may get."""
         return self.formats[linear.name.split(".")[-1]]
 
     def with_segments(self, count: int) -> "Skeleton":
@@ -121,7 +125,7 @@ def make_skeleton(source: SourceModel, recipe: Recipe, reach: Reach, folder: Pat
     """
     _materialize_vectors(source.model)
     rows, columns = source.model.get_input_embeddings().weight.shape
-    tables = {name: _linear(name, rows, columns, reach.formats[name]) for name in source.tables()}
+    tables = {name: _linear(name, rows, columns, reach.tables[name]) for name in source.tables()}
     model = QuantizedModel(
         source.family.name,
         source.family.hyperparameters(source.model),
@@ -130,11 +134,13 @@ def make_skeleton(source: SourceModel, recipe: Recipe, reach: Reach, folder: Pat
         tables.get("output"),
         source.family.other_tensors(source.model),
     )
-    quantization = {"name": source.name, "recipe": recipe.to_json()}
+    # A file has the bits that linears got of those that are shared: other digits.
+    shown = replace(recipe, bits=LONGEST_BITS) if reach.mixed else recipe
+    quantization = {"name": source.name, "recipe": shown.to_json()}
     checkpoint = Checkpoint(folder, model, {**source.config, "quantization_config": quantization})
     budget = math.floor(min(recipe.bits, reach.highest) * reach.weights) // 8
     golden = _golden(len(source.layers), rows, recipe)
-    return Skeleton(checkpoint, golden, reach.formats, budget, mixed=reach.weights > model.linear_weights)
+    return Skeleton(checkpoint, golden, {**reach.formats, **reach.tables}, budget, reach.mixed)
 
 
 def _materialize_vectors(model: nn.Module) -> None:

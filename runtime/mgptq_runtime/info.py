@@ -12,13 +12,14 @@ def _describe_container(container: Container) -> dict[str, Any]:
     model = container.model
     weights_by_format = model.weights_by_format()
     total = sum(weights_by_format.values())
+    tables = (model.embedding, model.head or model.embedding)
     return {
         "family": model.family,
         "hyperparameters": dict(model.hyperparameters),
         "linear_weights": model.linear_weights,
         "bits_stored": model.bits_stored,
         "format_shares": {fmt: weights / total for fmt, weights in weights_by_format.items()},
-        "embedding_formats": sorted({segment.format for segment in model.embedding.segments}),
+        "embedding_formats": sorted({segment.format for table in tables for segment in table.segments}),
         "tied_head": model.head is None,
         "has_tokenizer": container.tokenizer is not None,
         "has_chat_template": container.tokenizer is not None and container.tokenizer.chat_template is not None,
@@ -32,8 +33,8 @@ def describe(package: Package) -> dict[str, Any]:
     """Facts about a package, as JSON values.
 
     Keys: name, backends, files (path and bytes); with a container: family, hyperparameters, linear_weights,
-    bits_stored, format_shares (of the linear weights), embedding_formats, tied_head, has_tokenizer,
-    has_chat_template, golden_positions, recipe, content_sha256.
+    bits_stored, format_shares (of the linear weights), embedding_formats (of embedding and head), tied_head,
+    has_tokenizer, has_chat_template, golden_positions, recipe, content_sha256.
 
     Raises:
         PackageError, ContainerError, UnsupportedModelError: files that cannot be used.

@@ -152,6 +152,14 @@ def test_a_matrix_of_two_uses_minds_the_errors_of_both():
     assert torch.allclose(together, sum(alone))
 
 
+def test_a_table_costs_what_a_linear_of_its_kind_costs(monkeypatch):
+    """Large errors count for more in both."""
+    monkeypatch.setattr(linear_module, "LARGE_ERROR_FACTOR", 5.0)
+    matrix = random_linear("token_embd", 0, 40, 150, 1)
+    costs = TableProblem("token_embd", (matrix,)).costs(ALL_FORMATS)
+    assert torch.equal(costs, BlockProblem([matrix], ALL_FORMATS, 0).costs())
+
+
 def test_columns_that_matter_nothing_may_lose_everything():
     use = replace(random_linear("token_embd", 0, 40, 128, 1), inputs=InputColumns.apart(torch.zeros(128)))
     assert not TableProblem("token_embd", (use,)).costs(ALL_FORMATS).any()

@@ -239,7 +239,8 @@ def test_ranks_exchange_what_the_formula_says(desk, counted):
     shape = load_shape(str(desk.folder / "model"))
     layers, hidden = len(shape.layers), EVEN["hidden_size"]
     keys = hidden // EVEN["num_attention_heads"] * EVEN["num_key_value_heads"]
-    head = 4 * hidden**2 + 8
+    vocabulary = shape.model.config.vocab_size
+    head = 4 * hidden**2 + 8 + 4 * (vocabulary + hidden)
     assert summed == layers * summed_bytes(hidden, keys, EVEN["intermediate_size"], len(LAYOUTS)) + head
     least = sum(map(gathered_bytes, (read_checkpoint(counted / layout.folder).model for layout in LAYOUTS.values())))
     exchanges = 1 + len(shape.groups()) + layers + math.ceil(len(shape.linear_kinds()) * layers / 2)

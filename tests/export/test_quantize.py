@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import RECIPE, Quantized
 from tiny_models import write_llama
 
-from mgptq_export.calibration import FIRST_TOKEN_WEIGHT, attribute
+from mgptq_export.calibration import FIRST_TOKEN_WEIGHT, attribute, collect_statistics
 from mgptq_export.checkpoint import read_checkpoint, write_checkpoint
 from mgptq_export.layouts import COLUMNS, columns
 from mgptq_export.models import SourceModel, load_quantized_weights, load_shape, load_source
@@ -238,6 +238,16 @@ def test_calibration_describes_the_renumbered_model(odd_model):
         hessian = 2 / len(x) * x.t() @ x
         found = calibration.statistics.groups[name].hessian
         assert torch.allclose(found, hessian, rtol=1e-3, atol=1e-4 * float(hessian.max())), name
+
+
+def test_what_an_embedding_error_costs_is_told_in_the_renumbered_models_order(odd_model):
+    source = load_source(str(odd_model))
+    calibration = calibrate(source, RECIPE)
+    generator = torch.Generator().manual_seed(RECIPE.seed)
+    found = collect_statistics(source, calibration.tokens, RECIPE.sensitivity_samples, generator).embedding
+    assert torch.equal(calibration.statistics.embedding.frequency, found.frequency)
+    assert torch.allclose(calibration.statistics.embedding.sensitivity, found.sensitivity, rtol=1e-2)
+    assert found.sensitivity.std() > 0.1 * found.sensitivity.mean()
 
 
 def test_more_bits_come_closer_to_the_original(even_model):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -111,6 +112,18 @@ def test_a_run_that_is_stopped_after_every_record_ends_with_the_same_bytes(
         "model",
     }
     assert kinds <= set(names)
+
+
+def test_a_run_for_a_size_is_resumed_to_the_same_bytes(model, tmp_path, monkeypatch):
+    """Which formats the embedding has, and so how many bits linears have, is decided on the way."""
+    recipe = replace(RECIPE, allocator="hessian", recovery_steps=1, size=250_000, embedding_format="mixed")
+    whole = pipeline.run(str(model), tmp_path / "whole", recipe, ["container"])
+    while not (tmp_path / "out").exists():
+        with monkeypatch.context() as patched, suppress(Killed):
+            stop_after(5, patched)
+            pipeline.run(str(model), tmp_path / "out", recipe, ["container"], resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert whole["bits"]["requested"] == whole["recipe"]["bits"]
 
 
 def test_what_is_finished_is_not_done_again(model, text_file, uninterrupted, tmp_path, monkeypatch):

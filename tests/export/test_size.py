@@ -166,7 +166,13 @@ def test_model_files_fit_in_the_size_and_use_it(request, tmp_path, name, targets
 
 @pytest.mark.parametrize(
     ("name", "share", "target"),
-    [("model", 0.0, "container"), ("model", 0.1, "container"), ("model", 0.3, "onnx"), ("odd_model", 0.6, "container")],
+    [
+        ("model", 0.0, "container"),
+        ("model", 0.1, "container"),
+        ("model", 0.3, "onnx"),
+        ("odd_model", 0.6, "container"),
+        ("odd_model", 0.6, "onnx"),
+    ],
 )
 def test_a_size_is_shared_with_a_mixed_embedding(request, tmp_path, name, share, target):
     """Of what lies between the fewest bits and the most."""
@@ -174,11 +180,14 @@ def test_a_size_is_shared_with_a_mixed_embedding(request, tmp_path, name, share,
     reason = planned_at(model, [target], size=1, embedding_format="mixed")[target]["reason"]
     least = int(reason.split("this model takes ")[1].split()[0])
     most = planned_at(model, [target], size=10**12, embedding_format="mixed")[target]["model_bytes"]
-    recipe = replace(QUICK, size=int(least + share * (most - least)), embedding_format="mixed")
+    size = int(least + share * (most - least))
+    recipe = replace(QUICK, size=size, embedding_format="mixed", recovery_steps=2)
     planned = planned_at(model, [target], size=recipe.size, embedding_format="mixed")[target]
     assert planned["reachable"] and planned["embedding_format"] == "mixed"
     manifest = pipeline.run(str(model), tmp_path / "out", recipe, [target])
-    assert recipe.size * 0.92 <= written(tmp_path / "out", target) <= recipe.size
+    # A tiny model's graphs are most of an ONNX package, and of them the operators that other allocations need.
+    assert recipe.size * (0.8 if target == "onnx" else 0.96) <= written(tmp_path / "out", target) <= recipe.size
+    assert all(result["passed"] for result in manifest["check"]["results"].values())
     assert written(tmp_path / "out", target) <= planned["model_bytes"]
     assert manifest["bits"]["stored"] <= manifest["bits"]["requested"] == manifest["recipe"]["bits"]
     assert manifest["recipe"]["embedding_format"] == "mixed"
@@ -389,13 +398,19 @@ def randomly_allocated(skeleton: Skeleton, choose: random.Random) -> Skeleton:
         return replace(old, segments=segments)
 
     groups = [replace(group, linears=tuple(map(linear, group.linears))) for group in skeleton.model.groups]
-    embedding = linear(skeleton.model.embedding) if skeleton.mixed else skeleton.model.embedding
-    allocated = replace(skeleton.model, groups=tuple(groups), embedding=embedding)
+    embedding, head = skeleton.model.embedding, skeleton.model.head
+    if skeleton.mixed:
+        embedding, head = linear(embedding), None if head is None else linear(head)
+    allocated = replace(skeleton.model, groups=tuple(groups), embedding=embedding, head=head)
     return replace(skeleton, checkpoint=replace(skeleton.checkpoint, model=allocated))
 
 
 @pytest.mark.parametrize("recipe", [QUICK, replace(QUICK, size=1, embedding_format="mixed")], ids=["b4", "mixed"])
-@pytest.mark.parametrize("sizes", [EVEN, {"hidden_size": 512, "intermediate_size": 1408}], ids=["even", "large"])
+@pytest.mark.parametrize(
+    "sizes",
+    [EVEN, EVEN | {"tie_word_embeddings": False}, {"hidden_size": 512, "intermediate_size": 1408}],
+    ids=["even", "untied", "large"],
+)
 def test_no_allocation_makes_a_graph_larger_than_its_most(tmp_path, sizes, recipe):
     model = tiny_models.write_llama(tmp_path / "model", **{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2})
     source = load_shape(str(model))

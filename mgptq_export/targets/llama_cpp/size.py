@@ -22,7 +22,7 @@ def llama_cpp_files(skeleton: Skeleton) -> list[PlannedFile]:
     """
     writer = SizingWriter(None, skeleton.model.family)
     fill_writer(writer, skeleton.checkpoint)
-    possible = {fmt for formats in skeleton.formats.values() for fmt in formats}
+    possible = {fmt for linear in skeleton.model.linears() for fmt in skeleton.formats_of(linear)}
     longest = json.dumps(dict.fromkeys(sorted(possible), skeleton.model.linear_weights))
     writer.kv_data[0][TYPES_KEY].value = longest
     size = gguf_size(writer) + skeleton.unspent + _padding(skeleton, writer.data_alignment)

@@ -18,7 +18,7 @@ from mgptq_export.targets.onnx.export import (
     set_operators,
 )
 from mgptq_export.targets.onnx.external_data import ALIGNMENT
-from mgptq_export.targets.onnx.operators import HEAD, MATMUL, operators
+from mgptq_export.targets.onnx.operators import EMBEDDING, HEAD, MATMUL, operators
 from mgptq_export.targets.skeleton import PlannedFile, Skeleton, most_padding
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 from mgptq_runtime.package import ONNX_FOLDER
@@ -27,7 +27,6 @@ from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, Quantized
 __all__ = ["onnx_files"]
 
 SCALE_BYTES = 2
-TABLES = ("token_embd", "output")
 LEVELS = {MODEL: FAST_LEVEL, EXACT_MODEL: EXACT_LEVEL}
 # How many formats the allocator gives a linear: a guess that only the graphs' sizes depend on.
 USUAL_SEGMENTS = 2
@@ -50,12 +49,7 @@ def onnx_files(skeleton: Skeleton) -> list[PlannedFile]:
         model, end = _sized_graph(usual, Path(scratch) / "usual")
         sizes = {name: _graph_size(model, level, Path(scratch) / name) for name, level in LEVELS.items()}
         model, _ = _sized_graph(widest, Path(scratch) / "widest", pairs=False)
-        possible = {
-            name
-            for matrix, formats_of in skeleton.formats.items()
-            for formats, name in (HEAD if matrix in TABLES else MATMUL).items()
-            if set(formats_of).issuperset(formats)
-        }
+        possible = _possible_operators(skeleton)
         most = {name: _graph_size(model, level, Path(scratch) / name, possible) for name, level in LEVELS.items()}
     weights = end + usual.unspent + _padding(usual)
     graphs = [
@@ -63,6 +57,15 @@ def onnx_files(skeleton: Skeleton) -> list[PlannedFile]:
         for name, size in sizes.items()
     ]
     return [PlannedFile(f"{ONNX_FOLDER}/{WEIGHTS}", weights, weights), *graphs]
+
+
+def _possible_operators(skeleton: Skeleton) -> set[str]:
+    """Names of all that an allocation may need."""
+    tables, found = {table.name for table in skeleton.tables}, set()
+    for matrix, formats in skeleton.formats.items():
+        for names in (HEAD, EMBEDDING) if matrix in tables else (MATMUL,):
+            found |= {name for of_node, name in names.items() if set(of_node).issubset(formats)}
+    return found
 
 
 def _sized_graph(skeleton: Skeleton, scratch: Path, *, pairs: bool = True) -> tuple[ir.Model, int]:
