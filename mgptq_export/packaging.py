@@ -160,6 +160,10 @@ def _bits(solved: Solved) -> dict[str, Any]:
         "stored": model.bits_stored,
         "linear_weights": model.linear_weights,
         "weights_by_format": model.weights_by_format(),
+        "tables": {
+            table.name: {segment.format: table.rows * segment.columns for segment in table.segments}
+            for table in model.tables()
+        },
     }
 
 

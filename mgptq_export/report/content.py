@@ -64,7 +64,7 @@ def parts_in_bytes(model: QuantizedModel) -> dict[str, int]:
         parts["codes of linears"] += codes
         parts["scales of linears"] += linear.stored_bytes - codes
     parts["column orders"] = sum(group.permutation_bytes for group in model.groups)
-    parts["embedding and head"] = model.embedding.stored_bytes + (model.head.stored_bytes if model.head else 0)
+    parts["embedding and head"] = sum(table.stored_bytes for table in model.tables())
     parts["norms and biases"] = sum(array.nbytes for array in model.tensors.values())
     return dict(parts)
 

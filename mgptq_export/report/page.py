@@ -23,6 +23,7 @@ from mgptq_export.report.charts import (
 from mgptq_export.report.content import PackageContent
 from mgptq_export.report.facts import flattered, float16_bytes, mended, model_bytes, verdict
 from mgptq_export.targets import target_named
+from mgptq_runtime.quantized_model import QuantizedModel
 
 __all__ = ["REPORT_FILE", "SWEEP_PAGE", "report_page", "sweep_page"]
 
@@ -146,7 +147,8 @@ def _layout_figures(manifest: Mapping[str, Any], content: PackageContent, where:
         f"allocation-{name}",
         f"Who got which bits{where}",
         f"A row is a layer, a field in it a linear, cut where its format changes. {bits:.4f} bits are stored per "
-        "weight; a linear that would lose more with fewer bits got more. Hover a field for its numbers.",
+        "weight; a linear that would lose more with fewer bits got more. Hover a field for its numbers. "
+        f"Columns of embedding and head: {_table_columns(content.checkpoint.model)}.",
         allocation_chart(content),
     )
     if sizes:
@@ -178,6 +180,12 @@ def _layout_figures(manifest: Mapping[str, Any], content: PackageContent, where:
             "KL divergence from the original on each step's batch of text, before the step.",
             recovery_chart(history.recovery),
         )
+
+
+def _table_columns(model: QuantizedModel) -> str:
+    """Such as ``64 in b4, 512 in b3``; of an untied head, too."""
+    told = [", ".join(f"{one.columns} in {one.format}" for one in table.segments) for table in model.tables()]
+    return " and ".join(dict.fromkeys(told))
 
 
 def _is_of(target: str, content: PackageContent) -> bool:

@@ -69,14 +69,9 @@ class Skeleton:
         """The quantized model."""
         return self.checkpoint.model
 
-    @property
-    def tables(self) -> list[QuantizedLinear]:
-        """The embedding, and the head where that is another matrix."""
-        return [self.model.embedding, *([self.model.head] if self.model.head else [])]
-
     def competing(self) -> list[QuantizedLinear]:
         """All that the budget is for."""
-        return [*self.model.linears(), *(self.tables if self.mixed else [])]
+        return [*self.model.linears(), *(self.model.tables() if self.mixed else [])]
 
     @property
     def unspent(self) -> int:
@@ -87,7 +82,7 @@ class Skeleton:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors of the model, the budget spent."""
-        tables = 0 if self.mixed else sum(table.stored_bytes for table in self.tables)
+        tables = 0 if self.mixed else sum(table.stored_bytes for table in self.model.tables())
         return self.budget + tables + sum(tensor.nbytes for tensor in self.model.tensors.values())
 
     def formats_of(self, linear: QuantizedLinear) -> tuple[str, ...]:

@@ -12,14 +12,13 @@ def _describe_container(container: Container) -> dict[str, Any]:
     model = container.model
     weights_by_format = model.weights_by_format()
     total = sum(weights_by_format.values())
-    tables = (model.embedding, model.head or model.embedding)
     return {
         "family": model.family,
         "hyperparameters": dict(model.hyperparameters),
         "linear_weights": model.linear_weights,
         "bits_stored": model.bits_stored,
         "format_shares": {fmt: weights / total for fmt, weights in weights_by_format.items()},
-        "embedding_formats": sorted({segment.format for table in tables for segment in table.segments}),
+        "embedding_formats": sorted({segment.format for table in model.tables() for segment in table.segments}),
         "tied_head": model.head is None,
         "has_tokenizer": container.tokenizer is not None,
         "has_chat_template": container.tokenizer is not None and container.tokenizer.chat_template is not None,

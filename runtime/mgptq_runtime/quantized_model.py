@@ -155,6 +155,10 @@ class QuantizedModel:
                 counts[segment.format] += linear.rows * segment.columns
         return {name: count for name, count in counts.items() if count}
 
+    def tables(self) -> list[QuantizedLinear]:
+        """The embedding, and the head where that is another matrix."""
+        return [self.embedding] if self.head is None else [self.embedding, self.head]
+
     @property
     def bits_stored(self) -> float:
         """Stored bits per linear weight: codes, scales, padding and permutations."""

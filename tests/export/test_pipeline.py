@@ -28,6 +28,7 @@ from mgptq_export.targets.onnx import read_onnx_weights
 from mgptq_runtime.check import check_backend
 from mgptq_runtime.container import read_container
 from mgptq_runtime.errors import BadInputError, BudgetError, MgptqError, OutputExistsError, PackageError
+from mgptq_runtime.formats import padded_columns
 from mgptq_runtime.package import open_package
 from mgptq_runtime.perplexity import measure_perplexity, read_text
 
@@ -68,6 +69,8 @@ def test_the_manifest_tells_bits_targets_and_recipe(package):
     assert bits["requested"] == RECIPE.bits and bits["stored"] == model.bits_stored
     assert RECIPE.bits - 0.05 < bits["stored"] <= RECIPE.bits
     assert bits["linear_weights"] == sum(linear.rows * linear.columns for linear in model.linears())
+    padded = padded_columns(model.embedding.columns)
+    assert bits["tables"] == {table.name: {"b4": table.rows * padded} for table in model.tables()}
     assert package.manifest["targets"] == BOTH
     assert package.manifest["recipe"] == RECIPE.to_json()
 

@@ -191,6 +191,11 @@ def test_a_size_is_shared_with_a_mixed_embedding(request, tmp_path, name, share,
     assert written(tmp_path / "out", target) <= planned["model_bytes"]
     assert manifest["bits"]["stored"] <= manifest["bits"]["requested"] == manifest["recipe"]["bits"]
     assert manifest["recipe"]["embedding_format"] == "mixed"
+    model = read_checkpoint(tmp_path / "out/quantized").model
+    by_format = manifest["bits"]["tables"]["token_embd"]
+    assert list(by_format) == [segment.format for segment in model.embedding.segments]
+    told = ", ".join(f"{count // model.embedding.rows} in {fmt}" for fmt, count in by_format.items())
+    assert told in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_mixed_embedding_fits_where_one_of_four_bits_does_not(model):

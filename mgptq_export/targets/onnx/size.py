@@ -61,7 +61,7 @@ def onnx_files(skeleton: Skeleton) -> list[PlannedFile]:
 
 def _possible_operators(skeleton: Skeleton) -> set[str]:
     """Names of all that an allocation may need."""
-    tables, found = {table.name for table in skeleton.tables}, set()
+    tables, found = {table.name for table in skeleton.model.tables()}, set()
     for matrix, formats in skeleton.formats.items():
         for names in (HEAD, EMBEDDING) if matrix in tables else (MATMUL,):
             found |= {name for of_node, name in names.items() if set(of_node).issubset(formats)}
