@@ -52,7 +52,7 @@ KERNEL_BITS = {"b1": 2, "b2": 2, "b3": 4, "b4": 4, "b8": 8}
 PAIRS = [(a, b) for a in FORMATS for b in FORMATS if a != b and KERNEL_BITS[a] == KERNEL_BITS[b]]
 LOW_BIT_OPERATORS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **{f"{kind}{fmt.upper()}": (kind, (fmt,)) for kind in KERNELS for fmt in FORMATS},
-    **{f"{kind}{''.join(pair).upper()}": (kind, pair) for kind in (MATMUL, HEAD) for pair in PAIRS},
+    **{f"{MATMUL}{''.join(pair).upper()}": (MATMUL, pair) for pair in PAIRS},
 }
 KERNEL_BLOCK = 64
 

@@ -21,7 +21,7 @@ SINGLE = [(f"b{bits}",) for bits in (1, 2, 3, 4, 8)]
 # what a segment of a few blocks takes.
 PAIRS = [("b1", "b2"), ("b2", "b1"), ("b3", "b4"), ("b4", "b3")]
 MATMUL = {formats: f"MatMul{''.join(formats).upper()}" for formats in (*SINGLE, *PAIRS)}
-HEAD = {formats: f"Head{''.join(formats).upper()}" for formats in (*SINGLE, *PAIRS)}
+HEAD = {formats: f"Head{formats[0].upper()}" for formats in SINGLE}
 EMBEDDING = {formats: f"Embedding{formats[0].upper()}" for formats in SINGLE}
 
 # Formats whose fast graph computes with int8 activations. More bits are bought for columns where errors hurt, by large
@@ -183,7 +183,7 @@ def operators(accuracy_level: int) -> list[ir.Function]:
 
     ``MatMulB1`` .. ``MatMulB8`` (attributes ``K``, ``N``): float32 [batch, sequence, K], uint8 [N, blocks, code_bytes]
     and float16 [N, blocks] to float32 [batch, sequence, N]; those of two formats, as ``MatMulB4B3``, take codes and
-    scales of both, the columns of the first before those of the second. ``HeadB1`` .. ``HeadB4B3``: the same for the
+    scales of both, the columns of the first before those of the second. ``HeadB1`` .. ``HeadB8``: the same for the
     head. ``EmbeddingB1`` .. ``EmbeddingB8`` (attribute ``K``): int64 [batch, sequence], and the same storage with the
     vocabulary for N, to float32 [batch, sequence, K]. ``PermuteColumns``: float32 [..., K] and uint16 or int32 [K] to
     float32 [..., K]. K may be short of ``blocks * 64``; the rest is padding, of any codes.
