@@ -47,6 +47,8 @@ FUNCTION_OPERATORS: Mapping[str, frozenset[str]] = {
 }
 MATMUL, HEAD, EMBEDDING, PERMUTE = "MatMul", "Head", "Embedding", "PermuteColumns"
 KERNELS = {MATMUL: "MatMulNBits", HEAD: "MatMulNBits", EMBEDDING: "GatherBlockQuantized"}
+# An embedding of other formats is widened by plain operators, row by row.
+GATHERED_FORMATS = ("b4", "b8")
 KERNEL_BITS = {"b1": 2, "b2": 2, "b3": 4, "b4": 4, "b8": 8}
 # Two formats, side by side, where a kernel reads the codes of both in the same width.
 PAIRS = [(a, b) for a in FORMATS for b in FORMATS if a != b and KERNEL_BITS[a] == KERNEL_BITS[b]]
@@ -197,7 +199,8 @@ def _check_function(function: Message) -> str:
         wanted = []
     else:
         kind, formats = LOW_BIT_OPERATORS[name]
-        wanted = [(KERNELS[kind], KERNEL_BITS[formats[0]], KERNEL_BLOCK)]
+        is_plain = kind == EMBEDDING and formats[0] not in GATHERED_FORMATS
+        wanted = [] if is_plain else [(KERNELS[kind], KERNEL_BITS[formats[0]], KERNEL_BLOCK)]
     if kernels != wanted:
         raise ValueError(f"function {name!r} computes with {kernels} (kernel, bits, block size), it must be {wanted}")
     return name

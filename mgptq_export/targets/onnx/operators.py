@@ -1,7 +1,9 @@
 """The custom operators: model-local functions in our own domain, so that a stock ONNX Runtime needs nothing registered.
 
 The stored codes and scales are initializers, so everything in a body but the kernel folds once, when a session loads,
-and what runs is ``MatMulNBits`` or ``GatherBlockQuantized``; never float weights.
+and what runs is ``MatMulNBits`` or ``GatherBlockQuantized``; never float weights. Embeddings of fewer than four bits
+have no kernel: the rows of a text are widened as they are gathered, since to fold the whole matrix would cost a session
+several times its memory.
 """
 
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ EMBEDDING = {formats: f"Embedding{formats[0].upper()}" for formats in SINGLE}
 # head is large, and of single tokens: it computes with two int8 parts, in half of what float32 takes.
 INT8_FORMATS = ("b1", "b2")
 FLOAT, INT8, TWO_INT8 = "float", "int8", "two int8"
+# Formats that ``GatherBlockQuantized`` reads as they are stored.
+GATHERED_FORMATS = ("b4", "b8")
 
 HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "com.microsoft" : 1]>'
 
@@ -145,6 +149,8 @@ def _matmul(name: str, formats: tuple[str, ...], activations: str) -> str:
 
 
 def _embedding(name: str, formats: tuple[str, ...]) -> str:
+    if formats[0] not in GATHERED_FORMATS:
+        return _widened_embedding(name, WIDENINGS[formats[0]])
     parameters, nodes, weight = _stored(formats)
     return f"""{HEADER}
 {name} <K> (ids, {parameters}) => (y) {{{nodes}
@@ -152,6 +158,38 @@ def _embedding(name: str, formats: tuple[str, ...]) -> str:
     block_scales = Unsqueeze (s, last)
     blocks = com.microsoft.GatherBlockQuantized <bits = {WIDENINGS[formats[0]].bits}, block_size = 64, gather_axis = 0,
         quantize_axis = 2> ({weight}, ids, block_scales)
+    flat = Constant <value = int64[3] {{0, 0, -1}}> ()
+    padded = Reshape (blocks, flat)
+    zero = Constant <value = int64[1] {{0}}> ()
+    columns = Constant <value_int: int = @K> ()
+    end = Unsqueeze (columns, zero)
+    y = Slice (padded, zero, end, last)
+}}"""
+
+
+def _widened_embedding(name: str, widening: _Widening) -> str:
+    """Rows are gathered as they are stored; the kernel's codes ``q`` are made of them, and ``(q - zero) * scale``."""
+    nodes = widening.nodes.replace("codes$", "rows").replace("$", "")
+    result = widening.result.replace("codes$", "rows").replace("$", "")
+    shifts = ", ".join(str(shift) for shift in range(0, 8, widening.bits))
+    return f"""{HEADER}
+{name} <K> (ids, codes, scales) => (y) {{
+    rows = Gather <axis = 0> (codes, ids){nodes}
+    last = Constant <value = int64[1] {{-1}}> ()
+    places = Constant <value = uint8[{8 // widening.bits}] {{{shifts}}}> ()
+    mask = Constant <value = uint8[1] {{{(1 << widening.bits) - 1}}}> ()
+    bytes = Unsqueeze ({result}, last)
+    lowered = BitShift <direction = "RIGHT"> (bytes, places)
+    separate = BitwiseAnd (lowered, mask)
+    in_blocks = Constant <value = int64[4] {{0, 0, -1, 64}}> ()
+    in_order = Reshape (separate, in_blocks)
+    numbers = Cast <to = 1> (in_order)
+    middle = Constant <value = float {{{float(1 << (widening.bits - 1))}}}> ()
+    centred = Sub (numbers, middle)
+    row_scales = Gather <axis = 0> (scales, ids)
+    wide_scales = Cast <to = 1> (row_scales)
+    block_scales = Unsqueeze (wide_scales, last)
+    blocks = Mul (centred, block_scales)
     flat = Constant <value = int64[3] {{0, 0, -1}}> ()
     padded = Reshape (blocks, flat)
     zero = Constant <value = int64[1] {{0}}> ()
