@@ -224,7 +224,7 @@ def _check_model(model: QuantizedModel) -> None:
         order, columns = group.permutation, group.linears[0].columns
         if order is not None and not np.array_equal(np.sort(order), np.arange(columns)):
             raise ValueError(f"{group.name}.permutation is not one of 0 to {columns - 1}")
-    tables = [table for table in (model.embedding, model.head) if table is not None]
+    tables = model.tables()
     for table in tables:
         if (table.rows, table.columns) != (layout.embedding.rows, layout.embedding.columns):
             raise ValueError(f"{table.name} has another shape than its hyper-parameters say")

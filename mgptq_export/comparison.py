@@ -233,8 +233,7 @@ def _allocation(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
 
 def _linears(model: QuantizedModel) -> dict[str, QuantizedLinear]:
     """All linears, embedding and head included, by name."""
-    tables = [table for table in (model.embedding, model.head) if table is not None]
-    return {linear.name: linear for linear in [*model.linears(), *tables]}
+    return {linear.name: linear for linear in [*model.linears(), *model.tables()]}
 
 
 def _shape(shape: tuple[int, int] | None) -> str:

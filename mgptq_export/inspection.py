@@ -37,8 +37,7 @@ def _kinds(model: QuantizedModel) -> dict[str, Any]:
     weights: Counter[str] = Counter()
     stored: Counter[str] = Counter()
     by_format: dict[str, Counter[str]] = {}
-    extra = [linear for linear in (model.embedding, model.head) if linear is not None]
-    for linear in [*model.linears(), *extra]:
+    for linear in [*model.linears(), *model.tables()]:
         kind = linear.name.split(".")[-1]
         weights[kind] += linear.rows * linear.columns
         stored[kind] += linear.stored_bytes * 8

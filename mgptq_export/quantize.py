@@ -27,6 +27,7 @@ from mgptq_export.distributed import ALONE, World
 from mgptq_export.families import GroupModules
 from mgptq_export.journal import FORGETFUL, Journal, Record
 from mgptq_export.layouts import COLUMNS, Allocated, Calibration, Layout, stacked_rows
+from mgptq_export.layouts.columns import tables_of_one_format
 from mgptq_export.models import SourceModel, load_dequantized
 from mgptq_export.recipe import Recipe
 from mgptq_export.solver import factorize
@@ -363,8 +364,7 @@ def round_to_nearest(source: SourceModel, fmt: str, recipe: Recipe) -> Quantized
     for group in source.groups():
         orders[group.name] = torch.arange(group.columns, device=source.model.device)
         formats |= dict.fromkeys(group.modules, (fmt,) * (padded_columns(group.columns) // BLOCK_COLUMNS))
-    blocks = padded_columns(source.model.lm_head.in_features) // BLOCK_COLUMNS
-    tables = dict.fromkeys(source.tables(), (recipe.embedding_format,) * blocks)
+    tables = tables_of_one_format(source, recipe.embedding_format)
     allocated = Allocated(Decision(formats), orders, tables, FORMATS[fmt].bits_per_weight)
     groups = []
     with torch.no_grad():

@@ -88,8 +88,7 @@ class ColumnLayout:
             bits = math.ceil((left + permutations) / weights * BITS_GRID) / BITS_GRID
             problem = replace(problem, budget=left, estimated=costs)
         else:
-            blocks = padded_columns(source.model.lm_head.in_features) // BLOCK_COLUMNS
-            tables = dict.fromkeys(source.tables(), (recipe.embedding_format,) * blocks)
+            tables = tables_of_one_format(source, recipe.embedding_format)
 
         def check(formats: Allocation) -> None:
             check_delivered((problem.stored_bits(formats) + permutations) / weights, recipe, "blocks")
@@ -188,6 +187,12 @@ def _permutation_bits(group: GroupModules) -> int:
     if group.name.endswith("ffn_down"):
         return 0
     return group.columns * permutation_dtype(group.columns).itemsize * 8
+
+
+def tables_of_one_format(source: SourceModel, fmt: str) -> Allocation:
+    """All blocks of embedding and head alike."""
+    blocks = padded_columns(source.model.lm_head.in_features) // BLOCK_COLUMNS
+    return dict.fromkeys(source.tables(), (fmt,) * blocks)
 
 
 def table_problems(source: SourceModel, calibration: Calibration, recipe: Recipe) -> list[TableProblem]:

@@ -102,8 +102,8 @@ def trainable(source: SourceModel, quantized: QuantizedModel, dtype: torch.dtype
     Norms and biases are trained in place. The weights of linears and embedding are left as they are.
     """
     model = source.model
-    tables = [quantized.embedding, *([] if quantized.head is None else [quantized.head])]
-    matrices = {linear.name: BlockMatrix(linear, model.device) for linear in (*quantized.linears(), *tables)}
+    packed = (*quantized.linears(), *quantized.tables())
+    matrices = {linear.name: BlockMatrix(linear, model.device) for linear in packed}
     named = {source.family.tensor_of_parameter(name): one for name, one in model.named_parameters()}
     vectors = {name: one for name, one in named.items() if name is not None}
     paths = {id(module): path for path, module in model.named_modules()}

@@ -11,8 +11,7 @@ __all__ = ["flattered", "float16_bytes", "mended", "model_bytes", "verdict"]
 
 def float16_bytes(model: QuantizedModel) -> int:
     """What the weights of the original take in float16."""
-    tables = [model.embedding, *([model.head] if model.head else [])]
-    matrices = sum(linear.rows * linear.columns for linear in (*model.linears(), *tables))
+    matrices = sum(linear.rows * linear.columns for linear in (*model.linears(), *model.tables()))
     return 2 * (matrices + sum(array.size for array in model.tensors.values()))
 
 

@@ -119,6 +119,16 @@ ADDED_PARTS = """
     y = Sum (y0, y1, zero_or_nan)"""
 
 
+# Of an embedding's blocks [batch, sequence, blocks, 64]: their columns in a row, K of them.
+WITHOUT_PADDING = """
+    flat = Constant <value = int64[3] {0, 0, -1}> ()
+    padded = Reshape (blocks, flat)
+    zero = Constant <value = int64[1] {0}> ()
+    columns = Constant <value_int: int = @K> ()
+    end = Unsqueeze (columns, zero)
+    y = Slice (padded, zero, end, last)"""
+
+
 def _stored(formats: tuple[str, ...]) -> tuple[str, str, str]:
     """Parameters of one or two segments; nodes that make ``weight`` and ``s``, which a kernel reads, and its name.
 
@@ -157,13 +167,7 @@ def _embedding(name: str, formats: tuple[str, ...]) -> str:
     last = Constant <value = int64[1] {{-1}}> ()
     block_scales = Unsqueeze (s, last)
     blocks = com.microsoft.GatherBlockQuantized <bits = {WIDENINGS[formats[0]].bits}, block_size = 64, gather_axis = 0,
-        quantize_axis = 2> ({weight}, ids, block_scales)
-    flat = Constant <value = int64[3] {{0, 0, -1}}> ()
-    padded = Reshape (blocks, flat)
-    zero = Constant <value = int64[1] {{0}}> ()
-    columns = Constant <value_int: int = @K> ()
-    end = Unsqueeze (columns, zero)
-    y = Slice (padded, zero, end, last)
+        quantize_axis = 2> ({weight}, ids, block_scales){WITHOUT_PADDING}
 }}"""
 
 
@@ -189,13 +193,7 @@ def _widened_embedding(name: str, widening: _Widening) -> str:
     row_scales = Gather <axis = 0> (scales, ids)
     wide_scales = Cast <to = 1> (row_scales)
     block_scales = Unsqueeze (wide_scales, last)
-    blocks = Mul (centred, block_scales)
-    flat = Constant <value = int64[3] {{0, 0, -1}}> ()
-    padded = Reshape (blocks, flat)
-    zero = Constant <value = int64[1] {{0}}> ()
-    columns = Constant <value_int: int = @K> ()
-    end = Unsqueeze (columns, zero)
-    y = Slice (padded, zero, end, last)
+    blocks = Mul (centred, block_scales){WITHOUT_PADDING}
 }}"""
 
 
