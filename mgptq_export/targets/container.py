@@ -18,6 +18,7 @@ from mgptq_runtime.container import (
     ARCHITECTURE,
     FORMAT_VERSION,
     SHA256_KEY,
+    TOKENIZER_KEY,
     UNSIGNED,
     content_sha256,
     read_container,
@@ -28,6 +29,8 @@ from mgptq_runtime.errors import BadInputError, UnsupportedModelError
 from mgptq_runtime.gguf_file import read_gguf
 from mgptq_runtime.golden import GoldenVectors
 from mgptq_runtime.quantized_model import QuantizedLinear, QuantizedModel, permutation_dtype
+from mgptq_runtime.strict_json import compact_json
+from mgptq_runtime.tokenizer_json import shorten_tokenizer
 
 __all__ = ["add_metadata", "add_tensors", "check_container_tokenizer", "write_container"]
 
@@ -86,10 +89,6 @@ def _sign(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _compact_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
 def add_metadata(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     """Add the key-values, the tokenizer included."""
     model = checkpoint.model
@@ -98,7 +97,7 @@ def add_metadata(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_string("mgptq.family", model.family)
     writer.add_float64("mgptq.bits_stored", model.bits_stored)
     writer.add_bool("mgptq.tied_head", model.head is None)
-    writer.add_string("mgptq.recipe", _compact_json(checkpoint.config["quantization_config"]["recipe"]))
+    writer.add_string("mgptq.recipe", compact_json(checkpoint.config["quantization_config"]["recipe"]))
     for key, value in model.hyperparameters.items():
         _hyperparameter_writer(writer, value)(f"{model.family}.{key}", value)
     if (checkpoint.folder / "tokenizer.json").is_file():
@@ -123,11 +122,15 @@ def check_container_tokenizer(folder: Path, vocabulary_size: int, config: Mappin
         _add_gguf_tokenizer(GGUFWriter(None, ARCHITECTURE), folder, vocabulary_size, config)
 
 
-def _add_gguf_tokenizer(writer: GGUFWriter, folder: Path, vocabulary_size: int, config: Mapping[str, Any]) -> None:
+def _add_gguf_tokenizer(
+    writer: GGUFWriter, folder: Path, vocabulary_size: int, config: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Add what GGUF has names for; tokens and merges that it lists, none for a kind that it does not know."""
     try:
-        add_tokenizer(writer, folder, vocabulary_size, config, unknown_pre="default")
-    except UnsupportedModelError:  # a kind that GGUF has no name for; the runtime reads the Hugging Face form
+        return add_tokenizer(writer, folder, vocabulary_size, config, unknown_pre="default", all_merges=True)
+    except UnsupportedModelError:
         add_chat_template(writer, folder)
+        return [], []
 
 
 def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
@@ -140,10 +143,14 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
         if generation.get(key) is None and checkpoint.config.get(key) is not None:
             generation[key] = checkpoint.config[key]
 
-    _add_gguf_tokenizer(writer, folder, checkpoint.model.embedding.rows, checkpoint.config)
-    writer.add_string("tokenizer.huggingface.json", _compact_json(tokenizer))
-    writer.add_string("mgptq.tokenizer_config", _compact_json(config))
-    writer.add_string("mgptq.generation_config", _compact_json(generation))
+    tokens, merges = _add_gguf_tokenizer(writer, folder, checkpoint.model.embedding.rows, checkpoint.config)
+    short = shorten_tokenizer(tokenizer, tokens, merges)
+    if short is None:
+        writer.add_string("tokenizer.huggingface.json", compact_json(tokenizer))
+    else:
+        writer.add_string(TOKENIZER_KEY, short)
+    writer.add_string("mgptq.tokenizer_config", compact_json(config))
+    writer.add_string("mgptq.generation_config", compact_json(generation))
 
 
 def _add_linear(writer: GGUFWriter, linear: QuantizedLinear) -> None:

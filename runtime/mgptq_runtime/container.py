@@ -23,11 +23,13 @@ from mgptq_runtime.golden import GoldenVectors, validate_golden
 from mgptq_runtime.quantized_model import InputGroup, QuantizedLinear, QuantizedModel, Segment, permutation_dtype
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 from mgptq_runtime.tokenizer import TokenizerData
+from mgptq_runtime.tokenizer_json import restore_tokenizer
 
 __all__ = [
     "ARCHITECTURE",
     "FORMAT_VERSION",
     "SHA256_KEY",
+    "TOKENIZER_KEY",
     "UNSIGNED",
     "Container",
     "content_sha256",
@@ -41,6 +43,7 @@ __all__ = [
 ARCHITECTURE = "mgptq"
 FORMAT_VERSION = 1
 SHA256_KEY = "mgptq.sha256"
+TOKENIZER_KEY = "mgptq.tokenizer_json"
 UNSIGNED = "0" * 64
 OTHER_VERSION = "use the version of mgptq-runtime that goes with it, or export it again"
 KNOWN_KEYS = frozenset(
@@ -51,6 +54,7 @@ KNOWN_KEYS = frozenset(
         "bits_stored",
         "tied_head",
         "recipe",
+        "tokenizer_json",
         "tokenizer_config",
         "generation_config",
         "sha256",
@@ -276,12 +280,25 @@ def _read_golden(reader: _Reader, model: QuantizedModel) -> GoldenVectors:
     return golden
 
 
+def _restored_tokenizer(reader: _Reader) -> str:
+    tokens, merges = (reader.optional(f"tokenizer.ggml.{key}", "array of string") or [] for key in ("tokens", "merges"))
+    try:
+        return restore_tokenizer(reader.value(TOKENIZER_KEY, "string"), tokens, merges)
+    except ValueError as error:
+        offset = reader.file.metadata[TOKENIZER_KEY].offset
+        reader.fail(f"at byte {offset}: key {TOKENIZER_KEY!r} is not the rest of a tokenizer.json: {error}")
+
+
 def _read_tokenizer(reader: _Reader, vocabulary_size: int) -> TokenizerData | None:
     for key, element in (("tokens", "string"), ("token_type", "int32")):
         values = reader.optional(f"tokenizer.ggml.{key}", f"array of {element}")
         if values is not None and len(values) != vocabulary_size:
             reader.fail(f"tokenizer.ggml.{key} has {len(values)} entries, the embedding has {vocabulary_size} rows")
     tokenizer_json = reader.optional("tokenizer.huggingface.json", "string")
+    if TOKENIZER_KEY in reader.file.metadata:
+        if tokenizer_json is not None:
+            reader.fail(f"keys {TOKENIZER_KEY!r} and 'tokenizer.huggingface.json' exclude each other")
+        tokenizer_json = _restored_tokenizer(reader)
     if tokenizer_json is None:
         return None
     return TokenizerData(

@@ -5,11 +5,16 @@ import math
 import re
 from typing import Any, NoReturn
 
-__all__ = ["MAX_JSON_BYTES", "parse_json", "parse_json_object"]
+__all__ = ["MAX_JSON_BYTES", "compact_json", "parse_json", "parse_json_object"]
 
 # Parsed, the costliest text takes some 27 times its own size: empty lists in a list.
 MAX_JSON_BYTES = 1 << 23
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def compact_json(value: Any) -> str:
+    """JSON text without white space between its tokens, every character as it is."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mgptq_export.models.gguf_file import read_gguf_file
 from mgptq_export.models.gguf_tokenizer import write_gguf_tokenizer
 from mgptq_export.targets.container import write_container
 from mgptq_export.targets.gguf_tokenizer import add_tokenizer
+from mgptq_runtime.container import read_container
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
 from mgptq_runtime.golden import DIGEST_SIZE, GoldenVectors
 
@@ -340,23 +341,32 @@ def zero_golden(layers: int) -> GoldenVectors:
     return GoldenVectors(ids[0], ids, values, values[0], np.zeros((layers + 1, 1, DIGEST_SIZE), np.float32))
 
 
-@pytest.mark.parametrize("kind", ["unknown words", "unigram"])
+@pytest.mark.parametrize("kind", ["byte level", "unknown words", "SentencePiece", "unigram"])
 def test_a_container_takes_any_tokenizer(kind: str, tmp_path: Path) -> None:
-    """It carries tokenizer.json itself."""
-    tokenizer = byte_level_tokenizer((GPT2[0] | {"add_prefix_space": True},))
-    if kind == "unigram":
-        tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    """It carries tokenizer.json itself, but for tokens and merges that GGUF's keys hold as well."""
+    tokenizer = {
+        "byte level": lambda: byte_level_tokenizer(GPT2),
+        "unknown words": lambda: byte_level_tokenizer((GPT2[0] | {"add_prefix_space": True},)),
+        "SentencePiece": lambda: sentence_piece_tokenizer(PREPEND, None),
+        "unigram": lambda: Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)),
+    }[kind]()
     folder = write_folder(tmp_path / "hf", tokenizer, SETTINGS)
     config = {"quantization_config": {"name": "tiny", "recipe": {}}}
-    model = random_llama(vocabulary=1024)
+    model = random_llama(vocabulary=1300)
     write_container(Checkpoint(folder, model, config), zero_golden(layers=2), tmp_path / "a.gguf")
     fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
-    assert json.loads(fields["tokenizer.huggingface.json"].contents()) == json.loads(tokenizer.to_str())
+    data = read_container(tmp_path / "a.gguf").tokenizer
+    assert data is not None
+    assert json.loads(data.tokenizer_json) == json.loads(tokenizer.to_str())
     assert fields["tokenizer.chat_template"].contents() == CHAT_TEMPLATE
-    if kind == "unknown words":
-        assert fields["tokenizer.ggml.pre"].contents() == "default"
-    else:
+    if kind == "unigram":
+        assert json.loads(fields["tokenizer.huggingface.json"].contents()) == json.loads(tokenizer.to_str())
         assert not any(key.startswith("tokenizer.ggml.") for key in fields)
+    else:
+        left = json.loads(fields["mgptq.tokenizer_json"].contents())["model"]
+        assert left["vocab"] == tokenizer.get_vocab_size(with_added_tokens=False)
+        assert left["merges"] == len(json.loads(tokenizer.to_str())["model"]["merges"])
+        assert (fields["tokenizer.ggml.pre"].contents() == "default") == (kind != "byte level")
 
 
 # Errors

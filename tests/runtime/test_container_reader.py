@@ -1,6 +1,8 @@
 """A container that breaks a rule is refused with a typed error, before a weight is used."""
 
+import json
 import math
+import re
 import struct
 
 import gguf
@@ -244,6 +246,40 @@ def test_a_token_list_of_another_length_than_the_embedding_is_refused(rewriter):
     value, value_type, element_type = rewriter.keys["tokenizer.ggml.tokens"]
     rewriter.keys["tokenizer.ggml.tokens"] = (value[:-1], value_type, element_type)
     refused(rewriter, "tokenizer.ggml.tokens has 419 entries, the embedding has 420 rows")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("vocab", 421, "model.vocab is 421, it must be a number from 0 to 420"),
+        ("vocab", -1, "model.vocab is -1"),
+        ("vocab", True, "model.vocab is True"),
+        ("vocab", {"a": 0}, "model.vocab is {'a': 0}"),
+        ("merges", 10**9, "model.merges is 1000000000, it must be a number from 0 to"),
+        ("merges", None, "model.merges is None"),
+    ],
+)
+def test_a_tokenizer_that_refers_to_tokens_that_are_not_listed_is_refused(rewriter, key, change, message):
+    value, *types = rewriter.keys["mgptq.tokenizer_json"]
+    tokenizer = json.loads(value)
+    tokenizer["model"][key] = change
+    rewriter.keys["mgptq.tokenizer_json"] = (json.dumps(tokenizer), *types)
+    refused(rewriter, f"key 'mgptq.tokenizer_json' is not the rest of a tokenizer.json: {re.escape(message)}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "Expecting"), ("[]", "expected a JSON object"), ('{"model": 1}', "it has no object 'model'")],
+)
+def test_a_tokenizer_that_is_no_json_is_refused(rewriter, text, message):
+    _, *types = rewriter.keys["mgptq.tokenizer_json"]
+    rewriter.keys["mgptq.tokenizer_json"] = (text, *types)
+    refused(rewriter, f"not the rest of a tokenizer.json: {message}")
+
+
+def test_two_tokenizers_are_refused(rewriter):
+    rewriter.keys["tokenizer.huggingface.json"] = rewriter.keys["mgptq.tokenizer_json"]
+    refused(rewriter, "'mgptq.tokenizer_json' and 'tokenizer.huggingface.json' exclude each other")
 
 
 @pytest.mark.parametrize(
