@@ -127,7 +127,7 @@ def _add_gguf_tokenizer(
 ) -> tuple[list[str], list[str]]:
     """Add what GGUF has names for; tokens and merges that it lists, none for a kind that it does not know."""
     try:
-        return add_tokenizer(writer, folder, vocabulary_size, config, unknown_pre="default", all_merges=True)
+        return add_tokenizer(writer, folder, vocabulary_size, config, unknown_pre="default")
     except UnsupportedModelError:
         add_chat_template(writer, folder)
         return [], []

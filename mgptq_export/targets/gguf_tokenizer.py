@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class _Vocabulary:
     model: str
     pre: str
     tokens: list[tuple[str, TokenType]]
-    merges: list[str]
+    merges: list[str] | None = None
     scores: list[float] | None = None
     add_space_prefix: bool = False
 
@@ -70,7 +70,6 @@ def add_tokenizer(
     config: Mapping[str, Any],
     *,
     unknown_pre: str | None = None,
-    all_merges: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Add vocabulary, special tokens and chat template; nothing where an error is raised.
 
@@ -80,10 +79,9 @@ def add_tokenizer(
         vocabulary_size: rows of the embedding; rows without a token become ``[PAD<id>]``.
         config: the model's ``config.json``, for token ids that ``generation_config.json`` does not give.
         unknown_pre: ``tokenizer.ggml.pre`` where the way to split words has no name; an error without.
-        all_merges: list the merges of SentencePiece's BPE, too, for which llama.cpp reads scores.
 
     Returns:
-        the tokens and merges that were added.
+        the tokens and merges that were added; of SentencePiece's BPE, for which llama.cpp reads scores, no merges.
 
     Raises:
         BadInputError: a file is absent or broken, or a token has no row in the embedding.
@@ -94,8 +92,6 @@ def add_tokenizer(
     vocabulary = _vocabulary(files, vocabulary_size, unknown_pre)
     ids = _special_token_ids(files, vocabulary_size)
     flags = _added_tokens(files, ids)
-    if vocabulary.model == "llama" and not all_merges:
-        vocabulary = replace(vocabulary, merges=[])
     _write_vocabulary(writer, vocabulary)
     for name, token in ids.items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
@@ -106,7 +102,7 @@ def add_tokenizer(
     for name, added in flags.items():
         writer.add_bool(f"tokenizer.ggml.add_{name}_token", added)
     add_chat_template(writer, folder)
-    return [text for text, _ in vocabulary.tokens], vocabulary.merges
+    return [text for text, _ in vocabulary.tokens], vocabulary.merges or []
 
 
 def check_tokenizer(folder: Path, vocabulary_size: int, config: Mapping[str, Any]) -> None:
@@ -138,7 +134,7 @@ def _write_vocabulary(writer: GGUFWriter, vocabulary: _Vocabulary) -> None:
     if vocabulary.scores is not None:
         writer.add_token_scores(vocabulary.scores)
     writer.add_token_types([token_type for _, token_type in vocabulary.tokens])
-    if vocabulary.merges:
+    if vocabulary.merges is not None:
         writer.add_token_merges(vocabulary.merges)
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
 
@@ -206,7 +202,7 @@ def _byte_level_vocabulary(data: Mapping[str, Any], vocabulary_size: int, unknow
     entries = {token: (text, TokenType.NORMAL) for text, token in model["vocab"].items()}
     entries |= {added["id"]: (added["content"], _added_type(added)) for added in data["added_tokens"]}
     pre = known.names[0] if known is not None and supported else str(unknown_pre)
-    return _Vocabulary("gpt2", pre, _rows(entries, vocabulary_size), _listed_merges(model))
+    return _Vocabulary("gpt2", pre, _rows(entries, vocabulary_size), merges=[" ".join(m) for m in model["merges"]])
 
 
 def _sentence_piece_vocabulary(data: Mapping[str, Any], vocabulary_size: int) -> _Vocabulary:
@@ -228,12 +224,9 @@ def _sentence_piece_vocabulary(data: Mapping[str, Any], vocabulary_size: int) ->
     for added in data["added_tokens"]:
         entries[added["id"]] = _added_piece(added, model["unk_token"], scores)
     rows = _rows(entries, vocabulary_size)
-    listed = [scores.get(text, lowest) for text, _ in rows]
-    return _Vocabulary("llama", "default", rows, _listed_merges(model), listed, prefix)
-
-
-def _listed_merges(model: Mapping[str, Any]) -> list[str]:
-    return [" ".join(pair) for pair in model["merges"]]
+    return _Vocabulary(
+        "llama", "default", rows, scores=[scores.get(t, lowest) for t, _ in rows], add_space_prefix=prefix
+    )
 
 
 def _piece_type(text: str, unknown: str | None) -> TokenType:

@@ -5,12 +5,17 @@ where ``tokenizer.ggml.tokens`` and ``tokenizer.ggml.merges`` begin with them, i
 them.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, compact_json, parse_json_object
 
 __all__ = ["restore_tokenizer", "shorten_tokenizer"]
+
+# Of a list that is put back: more than those of 150 000 tokens have. Escaped, a character can take six times its room.
+MAX_CHARACTERS = 1 << 22
+SHOWN_CHARACTERS = 40
 
 
 def shorten_tokenizer(tokenizer: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[str]) -> str | None:
@@ -22,46 +27,54 @@ def shorten_tokenizer(tokenizer: Mapping[str, Any], tokens: Sequence[str], merge
         merges: ``tokenizer.ggml.merges``, each two tokens with a space between; empty where there is none.
 
     Returns:
-        None where the tokens are not the tokenizer's vocabulary, or too much is left for a reader to parse.
+        None where the tokens do not begin with the tokenizer's vocabulary, or a reader would refuse the result.
     """
     model = dict(tokenizer["model"])
-    vocabulary, pairs = model.get("vocab"), model.get("merges")
-    if not isinstance(vocabulary, dict) or vocabulary != _vocabulary(tokens[: len(vocabulary)]):
-        return None
-    model["vocab"] = len(vocabulary)
-    if pairs and [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs] == _pairs(merges[: len(pairs)]):
-        model["merges"] = len(pairs)
-    short = compact_json({**tokenizer, "model": model})
-    return short if len(short.encode()) <= MAX_JSON_BYTES else None
+    if model.get("merges"):
+        model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    whole = {**tokenizer, "model": model}
+    counts = {key: len(model[key]) for key in ("vocab", "merges") if model.get(key)}
+    for left_out in (counts, {"vocab": counts.get("vocab")}):
+        short = compact_json({**tokenizer, "model": {**model, **left_out}})
+        try:
+            if json.loads(restore_tokenizer(short, tokens, merges)) == whole:
+                return short
+        except ValueError:
+            continue
+    return None
 
 
 def restore_tokenizer(text: str, tokens: Sequence[str], merges: Sequence[str]) -> str:
-    """The text of ``tokenizer.json``, of which :func:`shorten_tokenizer` left ``text``.
+    """The text of ``tokenizer.json``, of which :func:`shorten_tokenizer` left ``text``; merges are pairs.
 
     Raises:
-        ValueError: no such text, or a number that is none or more than the file's list has.
+        ValueError: no such text; a number that is none or more than the file's list has; tokens that are not all
+            different, or merges that are not two tokens; more than :data:`MAX_CHARACTERS` of either.
     """
     short = parse_json_object(text, MAX_JSON_BYTES)
     model = short.get("model")
     if not isinstance(model, dict):
         raise ValueError("it has no object 'model'")
     model = dict(model)
-    model["vocab"] = _vocabulary(_first(model, "vocab", tokens))
+    listed = _first(model, "vocab", tokens)
+    model["vocab"] = {token: i for i, token in enumerate(listed)}
+    if len(model["vocab"]) != len(listed):
+        raise ValueError(f"two of the first {len(listed)} tokens are the same")
     if not isinstance(model.get("merges", []), list):
-        model["merges"] = _pairs(_first(model, "merges", merges))
+        listed = _first(model, "merges", merges)
+        if not all(merge.count(" ") == 1 for merge in listed):
+            raise ValueError("a merge is not two tokens with a space between")
+        model["merges"] = [merge.split(" ") for merge in listed]
     return compact_json({**short, "model": model})
-
-
-def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
-    return {text: token for token, text in enumerate(tokens)}
-
-
-def _pairs(merges: Sequence[str]) -> list[list[str]]:
-    return [merge.split(" ") for merge in merges]
 
 
 def _first(model: Mapping[str, Any], key: str, listed: Sequence[str]) -> Sequence[str]:
     count = model.get(key)
     if type(count) is not int or not 0 <= count <= len(listed):
-        raise ValueError(f"model.{key} is {count!r}, it must be a number from 0 to {len(listed)}, the entries listed")
-    return listed[:count]
+        found = compact_json(count)[:SHOWN_CHARACTERS]
+        raise ValueError(f"model.{key} is {found}, it must be a number from 0 to {len(listed)}, the entries listed")
+    first = listed[:count]
+    characters = sum(map(len, first))
+    if characters > MAX_CHARACTERS:
+        raise ValueError(f"model.{key} stands for {characters} characters, at most {MAX_CHARACTERS} are allowed")
+    return first

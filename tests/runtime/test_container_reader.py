@@ -253,10 +253,10 @@ def test_a_token_list_of_another_length_than_the_embedding_is_refused(rewriter):
     [
         ("vocab", 421, "model.vocab is 421, it must be a number from 0 to 420"),
         ("vocab", -1, "model.vocab is -1"),
-        ("vocab", True, "model.vocab is True"),
-        ("vocab", {"a": 0}, "model.vocab is {'a': 0}"),
+        ("vocab", True, "model.vocab is true"),
+        ("vocab", {"a": 0}, 'model.vocab is {"a":0}'),
         ("merges", 10**9, "model.merges is 1000000000, it must be a number from 0 to"),
-        ("merges", None, "model.merges is None"),
+        ("merges", None, "model.merges is null"),
     ],
 )
 def test_a_tokenizer_that_refers_to_tokens_that_are_not_listed_is_refused(rewriter, key, change, message):

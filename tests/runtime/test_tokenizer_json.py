@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mgptq_runtime.tokenizer_json import restore_tokenizer, shorten_tokenizer
+from mgptq_runtime.tokenizer_json import MAX_CHARACTERS, restore_tokenizer, shorten_tokenizer
 
 TOKENS = ["<|end|>", "a", "b", "ab", "[PAD4]"]
 MERGES = ["a b"]
@@ -53,6 +53,23 @@ def test_another_vocabulary_than_the_files_is_not_left_out(vocabulary):
     assert shorten_tokenizer(tokenizer(vocab=vocabulary), TOKENS, MERGES) is None
 
 
-def test_what_a_reader_would_not_parse_is_not_shortened(monkeypatch):
-    monkeypatch.setattr("mgptq_runtime.tokenizer_json.MAX_JSON_BYTES", 40)
+@pytest.mark.parametrize("limit", ["MAX_JSON_BYTES", "MAX_CHARACTERS"])
+def test_what_a_reader_would_refuse_is_not_shortened(monkeypatch, limit):
+    monkeypatch.setattr(f"mgptq_runtime.tokenizer_json.{limit}", 9)
     assert shorten_tokenizer(tokenizer(), TOKENS, MERGES) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "merges", "message"),
+    [
+        ({"vocab": 2}, ["a", "a"], [], "two of the first 2 tokens are the same"),
+        ({"vocab": 1, "merges": 1}, ["a"], ["a b c"], "a merge is not two tokens"),
+        ({"vocab": 1, "merges": 1}, ["a"], ["ab"], "a merge is not two tokens"),
+        ({"vocab": "x" * 1000}, ["a"], [], r'model.vocab is "x{39}, it must be'),
+        ({"vocab": 1}, ["a" * (MAX_CHARACTERS + 1)], [], "stands for 4194305 characters"),
+        ({"vocab": 0, "merges": 1}, [], [" " * (MAX_CHARACTERS + 1)], "stands for 4194305 characters"),
+    ],
+)
+def test_lists_that_cannot_be_put_back_are_refused(model, tokens, merges, message):
+    with pytest.raises(ValueError, match=message):
+        restore_tokenizer(json.dumps({"model": model}), tokens, merges)
