@@ -9,6 +9,7 @@ __all__ = ["MAX_JSON_BYTES", "compact_json", "parse_json", "parse_json_object"]
 
 # Parsed, the costliest text takes some 27 times its own size: empty lists in a list.
 MAX_JSON_BYTES = 1 << 23
+SHOWN_CHARACTERS = 40
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -21,7 +22,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"duplicate key {key!r}")
+            raise ValueError(f"duplicate key {key[:SHOWN_CHARACTERS]!r}")
         values[key] = value
     return values
 
@@ -33,7 +34,7 @@ def _no_constant(text: str) -> NoReturn:
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"the number {text[:40]} is beyond float64")
+        raise ValueError(f"the number {text[:SHOWN_CHARACTERS]} is beyond float64")
     return value
 
 

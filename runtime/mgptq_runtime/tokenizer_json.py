@@ -13,8 +13,9 @@ from mgptq_runtime.strict_json import MAX_JSON_BYTES, compact_json, parse_json_o
 
 __all__ = ["restore_tokenizer", "shorten_tokenizer"]
 
-# Of a list that is put back: more than those of 150 000 tokens have. Escaped, a character can take six times its room.
-MAX_CHARACTERS = 1 << 22
+# Of a list that is put back: more than those of 150 000 tokens have. A merge that was split takes hundreds of bytes,
+# and a character that was escaped six.
+MAX_ENTRIES, MAX_CHARACTERS = 1 << 19, 1 << 22
 SHOWN_CHARACTERS = 40
 
 
@@ -33,8 +34,10 @@ def shorten_tokenizer(tokenizer: Mapping[str, Any], tokens: Sequence[str], merge
     if model.get("merges"):
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     whole = {**tokenizer, "model": model}
-    counts = {key: len(model[key]) for key in ("vocab", "merges") if model.get(key)}
-    for left_out in (counts, {"vocab": counts.get("vocab")}):
+    counts = [{"vocab": len(model["vocab"])}]
+    if model.get("merges"):
+        counts.insert(0, {**counts[0], "merges": len(model["merges"])})
+    for left_out in counts:
         short = compact_json({**tokenizer, "model": {**model, **left_out}})
         try:
             if json.loads(restore_tokenizer(short, tokens, merges)) == whole:
@@ -49,7 +52,8 @@ def restore_tokenizer(text: str, tokens: Sequence[str], merges: Sequence[str]) -
 
     Raises:
         ValueError: no such text; a number that is none or more than the file's list has; tokens that are not all
-            different, or merges that are not two tokens; more than :data:`MAX_CHARACTERS` of either.
+            different, or merges that are not two tokens; more than :data:`MAX_ENTRIES` of either, or than
+            :data:`MAX_CHARACTERS` in them.
     """
     short = parse_json_object(text, MAX_JSON_BYTES)
     model = short.get("model")
@@ -70,9 +74,12 @@ def restore_tokenizer(text: str, tokens: Sequence[str], merges: Sequence[str]) -
 
 def _first(model: Mapping[str, Any], key: str, listed: Sequence[str]) -> Sequence[str]:
     count = model.get(key)
-    if type(count) is not int or not 0 <= count <= len(listed):
+    most = min(len(listed), MAX_ENTRIES)
+    if type(count) is not int or not 0 <= count <= most:
         found = compact_json(count)[:SHOWN_CHARACTERS]
-        raise ValueError(f"model.{key} is {found}, it must be a number from 0 to {len(listed)}, the entries listed")
+        raise ValueError(
+            f"model.{key} is {found}, it must be a number from 0 to {most}, for {len(listed)} entries are listed"
+        )
     first = listed[:count]
     characters = sum(map(len, first))
     if characters > MAX_CHARACTERS:

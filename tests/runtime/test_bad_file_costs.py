@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from golden_package import write_manifest
+from golden_package import make_container, make_golden, sign, write_manifest
+from synthetic import random_llama
 
 SECONDS, BYTES = 2.0, 300_000_000
 UINT32, STRING, ARRAY, UINT8 = 4, 8, 9, 0
@@ -99,6 +100,25 @@ def sparse(start: bytes) -> Callable[[Path], None]:
     return write
 
 
+def many_merges(path: Path) -> None:
+    """A sound container whose tokenizer stands for as many merges as are allowed, and which lacks what comes next."""
+    count = 1 << 19
+    entries = [
+        key(b"tokenizer.ggml.merges", ARRAY, struct.pack("<IQ", STRING, count) + text(b"\x01 \x01") * count),
+        key(b"mgptq.tokenizer_json", STRING, text(b'{"model":{"vocab":0,"merges":%d}}' % count)),
+    ]
+    model = random_llama(layers=1, hidden=64, intermediate=64, heads=2, kv_heads=1, vocabulary=32)
+    made = path.with_name("sound")
+    made.mkdir()
+    sound = make_container(made, model, golden=make_golden(model, prompts=1, length=3, k=2)).read_bytes()
+    shutil.rmtree(made)
+    added = b"".join(entries)
+    added += key(b"fill", STRING, text(bytes(-(len(added) + len(key(b"fill", STRING, text(b"")))) % 32)))
+    keys = struct.unpack_from("<Q", sound, 16)[0] + len(entries) + 1
+    path.write_bytes(sound[:16] + struct.pack("<Q", keys) + added + sound[24:])
+    sign(path)
+
+
 def huge_tensor(path: Path) -> None:
     entry = text(b"t") + struct.pack("<IQQIQ", 2, 1 << 30, 1 << 30, 0, 0)
     path.write_bytes(gguf(1, IDENTITY, entry, keys=1))
@@ -160,6 +180,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "one endless string": (one_string, "ContainerError: .*mgptq.format_version"),
     "many keys": (many_keys, "ContainerError: .*mgptq.format_version"),
     "many tensors": (many_tensors, "ContainerError: .*mgptq.format_version"),
+    "half a million merges of a tokenizer": (many_merges, "ContainerError: .*'mgptq.tokenizer_config' is missing"),
     "sparse garbage": (sparse(b"garbage"), "ContainerError: .*starts with"),
     "sparse container": (sparse(gguf(0, IDENTITY)), "ContainerError: .*bytes follow the last tensor"),
     "a tensor larger than the world": (huge_tensor, "ContainerError: .*each dimension must be"),

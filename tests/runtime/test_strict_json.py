@@ -17,6 +17,7 @@ from mgptq_runtime.strict_json import parse_json, parse_json_object
         ('{"a": -1.5e400}', "beyond float64"),
         ('{"a": ' + "9" * 5000 + "}", "digits"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "duplicate key 'c'"),
+        ('{"' + "k" * 99 + '": 1, "' + "k" * 99 + '": 2}', "duplicate key 'k{40}'$"),
         ("[-Infinity]", "-Infinity is not JSON"),
         ('["\\ud83d"]', "half a surrogate pair"),
         ('{"\\uDC00": 1}', "half a surrogate pair"),

@@ -53,9 +53,9 @@ def test_another_vocabulary_than_the_files_is_not_left_out(vocabulary):
     assert shorten_tokenizer(tokenizer(vocab=vocabulary), TOKENS, MERGES) is None
 
 
-@pytest.mark.parametrize("limit", ["MAX_JSON_BYTES", "MAX_CHARACTERS"])
+@pytest.mark.parametrize("limit", ["MAX_JSON_BYTES", "MAX_ENTRIES", "MAX_CHARACTERS"])
 def test_what_a_reader_would_refuse_is_not_shortened(monkeypatch, limit):
-    monkeypatch.setattr(f"mgptq_runtime.tokenizer_json.{limit}", 9)
+    monkeypatch.setattr(f"mgptq_runtime.tokenizer_json.{limit}", 3)
     assert shorten_tokenizer(tokenizer(), TOKENS, MERGES) is None
 
 
