@@ -5,10 +5,11 @@ import math
 import re
 from typing import Any, NoReturn
 
-__all__ = ["MAX_JSON_BYTES", "compact_json", "parse_json", "parse_json_object"]
+__all__ = ["MAX_JSON_BYTES", "SHOWN_CHARACTERS", "compact_json", "parse_json", "parse_json_object"]
 
 # Parsed, the costliest text takes some 27 times its own size: empty lists in a list.
 MAX_JSON_BYTES = 1 << 23
+# In messages, of what a stranger wrote.
 SHOWN_CHARACTERS = 40
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 

@@ -9,14 +9,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mgptq_runtime.strict_json import MAX_JSON_BYTES, compact_json, parse_json_object
+from mgptq_runtime.strict_json import MAX_JSON_BYTES, SHOWN_CHARACTERS, compact_json, parse_json_object
 
 __all__ = ["restore_tokenizer", "shorten_tokenizer"]
 
 # Of a list that is put back: more than those of 150 000 tokens have. A merge that was split takes hundreds of bytes,
 # and a character that was escaped six.
 MAX_ENTRIES, MAX_CHARACTERS = 1 << 19, 1 << 22
-SHOWN_CHARACTERS = 40
 
 
 def shorten_tokenizer(tokenizer: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[str]) -> str | None:

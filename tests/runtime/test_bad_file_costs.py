@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from golden_package import make_container, make_golden, sign, write_manifest
-from synthetic import random_llama
+from fuzz_container import resign, write_seeds
+from golden_package import write_manifest
 
 MILLIONS_COUNTED, BYTES = 80, 300_000_000
 UINT32, STRING, ARRAY, UINT8 = 4, 8, 9, 0
@@ -116,16 +116,14 @@ def many_merges(path: Path) -> None:
         key(b"tokenizer.ggml.merges", ARRAY, struct.pack("<IQ", STRING, count) + text(b"\x01 \x01") * count),
         key(b"mgptq.tokenizer_json", STRING, text(b'{"model":{"vocab":0,"merges":%d}}' % count)),
     ]
-    model = random_llama(layers=1, hidden=64, intermediate=64, heads=2, kv_heads=1, vocabulary=32)
-    made = path.with_name("sound")
-    made.mkdir()
-    sound = make_container(made, model, golden=make_golden(model, prompts=1, length=3, k=2)).read_bytes()
-    shutil.rmtree(made)
+    seeds = path.with_name("seeds")
+    write_seeds(seeds)
+    sound = (seeds / "tied.gguf").read_bytes()
+    shutil.rmtree(seeds)
     added = b"".join(entries)
     added += key(b"fill", STRING, text(bytes(-(len(added) + len(key(b"fill", STRING, text(b"")))) % 32)))
     keys = struct.unpack_from("<Q", sound, 16)[0] + len(entries) + 1
-    path.write_bytes(sound[:16] + struct.pack("<Q", keys) + added + sound[24:])
-    sign(path)
+    path.write_bytes(resign(sound[:16] + struct.pack("<Q", keys) + added + sound[24:]))
 
 
 def huge_tensor(path: Path) -> None:
