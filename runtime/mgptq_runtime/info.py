@@ -31,9 +31,9 @@ def _describe_container(container: Container) -> dict[str, Any]:
 def describe(package: Package) -> dict[str, Any]:
     """Facts about a package, as JSON values.
 
-    Keys: name, backends, files (path and bytes); with a container: family, hyperparameters, linear_weights,
-    bits_stored, format_shares (of the linear weights), embedding_formats (of embedding and head), tied_head,
-    has_tokenizer, has_chat_template, golden_positions, recipe, content_sha256.
+    Keys: name, backends, files (path and bytes), as the manifest lists them; with a container that is there: family,
+    hyperparameters, linear_weights, bits_stored, format_shares (of the linear weights), embedding_formats (of embedding
+    and head), tied_head, has_tokenizer, has_chat_template, golden_positions, recipe, content_sha256.
 
     Raises:
         PackageError, ContainerError, UnsupportedModelError: files that cannot be used.
@@ -43,6 +43,6 @@ def describe(package: Package) -> dict[str, Any]:
     else:
         files = [{"path": entry.path, "bytes": entry.bytes} for entry in package.manifest.files.values()]
     facts: dict[str, Any] = {"name": package.name, "backends": list(package.backends), "files": files}
-    if "numpy" in package.backends:
+    if "numpy" in package.backends and not package.lacks_container:
         facts |= _describe_container(package.container)
     return facts

@@ -221,6 +221,11 @@ class Package:
         """The model's name."""
         return self.container.name if self.manifest is None else self.manifest.name
 
+    @property
+    def lacks_container(self) -> bool:
+        """Whether only the other part, the ONNX package, was copied of a package that has both."""
+        return self.backends == BACKENDS and not (self.path / CONTAINER_FILE).exists()
+
     def _entry(self, relative: str) -> FileEntry:
         assert self.manifest is not None
         if relative not in self.manifest.files:
@@ -268,6 +273,11 @@ class Package:
         """
         if self.manifest is None:
             return read_container(self.path)
+        if self.lacks_container:
+            raise PackageError(
+                f"{self.path / CONTAINER_FILE} is missing; copy or export the package again, or do without it: "
+                "--backend onnx"
+            )
         with self._open(CONTAINER_FILE) as stream:
             content = map_whole(stream)
         self._compare(CONTAINER_FILE, content)

@@ -133,6 +133,21 @@ def test_an_onnx_package_alone_has_golden_vectors_and_text(onnx_folder):
     assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "Hi"}])).startswith("user: Hi")
 
 
+def test_without_its_container_a_package_says_how_to_go_on(onnx_folder):
+    """As on a device that was given the ONNX part of both."""
+    onnx = [f"onnx/{path.name}" for path in (onnx_folder / "onnx").iterdir()]
+    write_manifest(onnx_folder, [CONTAINER, *onnx])
+    assert describe(open_package(onnx_folder))["family"] == "llama"
+    (onnx_folder / CONTAINER).unlink()
+    package = open_package(onnx_folder)
+    with pytest.raises(PackageError, match=r"model\.mgptq\.gguf is missing; .* --backend onnx"):
+        package.backend("numpy")
+    assert package.tokenizer(SimpleNamespace(name="onnx", vocabulary_size=512)).eos_token_ids == {1, 7}
+    facts = describe(package)
+    assert facts["backends"] == ["numpy", "onnx"]
+    assert "family" not in facts
+
+
 def test_a_file_that_the_manifest_does_not_list_keeps_the_onnx_folder_from_loading(onnx_folder):
     (onnx_folder / "onnx" / "extra.data").write_bytes(b"x")
     with pytest.raises(PackageError, match=r"extra\.data is not listed in manifest\.json"):
