@@ -77,7 +77,8 @@ def _first(model: Mapping[str, Any], key: str, listed: Sequence[str]) -> Sequenc
     if type(count) is not int or not 0 <= count <= most:
         found = compact_json(count)[:SHOWN_CHARACTERS]
         raise ValueError(
-            f"model.{key} is {found}, it must be a number from 0 to {most}, for {len(listed)} entries are listed"
+            f"model.{key} is {found}, it must be a number from 0 to {most}; {len(listed)} entries are listed, "
+            f"and at most {MAX_ENTRIES} are read"
         )
     first = listed[:count]
     characters = sum(map(len, first))
