@@ -447,7 +447,10 @@ def evaluate(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Compare PACKAGE with the original model: the checkpoint, and each export through its own runtime."""
+    """Compare PACKAGE with the original model: the quantized weights in PyTorch, container and ONNX as they run.
+
+    llama.cpp's file is scored by its weights.
+    """
     with exit_at_once():
         from mgptq_export import pipeline
 
