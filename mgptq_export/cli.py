@@ -23,7 +23,7 @@ from mgptq_export.recipe import ALLOCATORS, FAST, MIXED, Recipe
 from mgptq_export.sizes import format_size, parse_size
 from mgptq_runtime.errors import MgptqError
 from mgptq_runtime.formats import GGML_FORMATS
-from mgptq_runtime.messages import error_line, printable
+from mgptq_runtime.messages import error_line, printable, replace_unprintable_output
 from mgptq_runtime.signals import exit_at_once, exit_on_signals, ignore_signals
 
 __all__ = ["cli", "main"]
@@ -744,6 +744,7 @@ def _evaluation_table(evaluation: dict[str, Any]) -> Table:
 def main() -> None:
     """Entry point: errors that a user can meet end with one message and exit code 1."""
     exit_on_signals()
+    replace_unprintable_output()
     try:
         with typed_memory_errors(resumable=False):
             cli.main(standalone_mode=False)

@@ -360,6 +360,6 @@ def _divergence(runners: tuple[_Runner, _Runner], prompt: str, tokens: int, adva
         "prompt": prompt,
         "same_tokens": len(streams[0]) if divergent is None else divergent,
         "first_divergent_token": divergent,
-        "a": runners[0].tokenizer.decode(streams[0]),
-        "b": runners[1].tokenizer.decode(streams[1]),
+        "a": runners[0].tokenizer.decode_after(ids, streams[0]),
+        "b": runners[1].tokenizer.decode_after(ids, streams[1]),
     }

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from mgptq_runtime.errors import MgptqError
-from mgptq_runtime.messages import error_line, error_message, printable
+from mgptq_runtime.messages import error_line, error_message, printable, replace_unprintable_output
 from mgptq_runtime.signals import exit_on_signals
 
 if TYPE_CHECKING:
@@ -179,10 +179,30 @@ def check(package: Path, backend: str | None, accuracy_level: int | None, thread
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--chat", is_flag=True, help="Give the prompt as a user's message, through the chat template.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="To add, at most.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="Draw among the k most likely; 0 for all.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw within this probability.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of drawing, where the temperature is above 0.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 100),
+    default=0.0,
+    show_default=True,
+    help="0 takes the most likely token.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Draw among the k most likely; 0 for all."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw within this probability.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of drawing, where the temperature is above 0.",
+)
 def generate(
     package: Path,
     backend: str | None,
@@ -206,18 +226,18 @@ def generate(
     loaded = opened.backend(backend, accuracy_level=accuracy_level, threads=threads)
     tokenizer = opened.tokenizer(loaded)
     if chat:
-        ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        ids, before = tokenizer.encode_chat([{"role": "user", "content": prompt}]), []
     else:
-        ids = tokenizer.encode(prompt, special_tokens=True)
+        ids = before = tokenizer.encode(prompt, special_tokens=True)
     tokens = generate_tokens(
         loaded, ids, max_tokens=max_tokens, eos_token_ids=tokenizer.eos_token_ids, sampling=sampling
     )
-    generated = list(tokens) if as_json else _streamed(tokens, tokenizer)
+    generated = list(tokens) if as_json else _streamed(tokens, tokenizer, before)
     reason = stop_reason(len(ids), len(generated), max_tokens=max_tokens, context_length=loaded.context_length)
     if as_json:
         _print_json(
             {
-                "text": tokenizer.decode(generated),
+                "text": tokenizer.decode_after(before, generated),
                 "tokens": generated,
                 "prompt_tokens": len(ids),
                 "stop_reason": reason,
@@ -228,17 +248,18 @@ def generate(
         click.echo(f"the context of {loaded.context_length} tokens is full", err=True)
 
 
-def _streamed(tokens: Iterable[int], tokenizer: "TextTokenizer") -> list[int]:
-    """Print the text of tokens as they arrive; all of them."""
+def _streamed(tokens: Iterable[int], tokenizer: "TextTokenizer", before: Sequence[int]) -> list[int]:
+    """Print the text of tokens as they arrive, behind those before them; all of them."""
     generated = []
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
 
     def kept() -> Iterator[int]:
         for token in tokens:
             generated.append(token)
             yield token
 
-    for piece in tokenizer.decode_stream(kept()):
-        click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
+    for piece in tokenizer.decode_stream(kept(), before):
+        click.echo(printable(piece) if on_terminal else piece, nl=False)
     click.echo()
     return generated
 
@@ -248,8 +269,10 @@ def _streamed(tokens: Iterable[int], tokenizer: "TextTokenizer") -> list[int]:
 @_with_backend
 @_with_json
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="A .txt, or .jsonl with a field 'text'.")
-@click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
-@click.option("--windows", type=int, default=30, show_default=True, help="How many windows, from the start.")
+@click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window, even.")
+@click.option(
+    "--windows", type=click.IntRange(1), default=30, show_default=True, help="How many windows, from the start."
+)
 @_with_quiet
 def perplexity(
     package: Path,
@@ -269,8 +292,8 @@ def perplexity(
     content = read_text(text)
     opened = _open(package)
     loaded = opened.backend(backend, accuracy_level=accuracy_level, threads=threads)
-    ids = opened.tokenizer(loaded).encode(content)
-    with track("perplexity", max(1, min(windows, len(ids) // max(1, window)))) as advance:
+    ids = opened.tokenizer(loaded).encode_start(content, window * windows)
+    with track("perplexity", max(1, min(windows, len(ids) // window))) as advance:
         result = measure_perplexity(loaded, ids, window=window, windows=windows, advance=advance)
     if as_json:
         _print_json(result.to_json())
@@ -282,8 +305,10 @@ def perplexity(
 @_with_package
 @_with_backend
 @_with_json
-@click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Length of the prompt.")
-@click.option("--decode-tokens", type=int, default=32, show_default=True, help="How many are decoded after it.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompt.")
+@click.option(
+    "--decode-tokens", type=click.IntRange(1), default=32, show_default=True, help="How many are decoded after it."
+)
 @_with_quiet
 def bench(
     package: Path,
@@ -339,4 +364,5 @@ def info(package: Path, as_json: bool) -> None:
 def main() -> None:
     """The entry point: exit code 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     exit_on_signals()
+    replace_unprintable_output()
     cli(prog_name="mgptq-run")

@@ -1,10 +1,12 @@
 """What the commands print of strangers' texts."""
 
+import io
 import re
+import sys
 
 from mgptq_runtime.errors import MgptqError
 
-__all__ = ["error_line", "error_message", "printable"]
+__all__ = ["error_line", "error_message", "printable", "replace_unprintable_output"]
 
 MAX_MESSAGE = 4000
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -13,6 +15,12 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def printable(text: str) -> str:
     """Text of a stranger without what a terminal would obey: control characters but tabs and line ends are escaped."""
     return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def replace_unprintable_output() -> None:
+    """Let standard output show ``?`` for characters that its encoding lacks, where writing them would fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def error_message(error: BaseException) -> str:

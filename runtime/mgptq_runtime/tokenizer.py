@@ -18,6 +18,10 @@ WAY_OUT = "export the package again"
 # How many times as long as its input a step's output may be; a Replace or Prepend has its content's length.
 GROWTH_OF_STEPS = {"ByteLevel": 2, "Precompiled": 16}
 MAX_GROWTH = 256
+# Of the tokens before a text, as many as say how its first word is written.
+CONTEXT_TOKENS = 8
+# What a start of a text is cut to at first, and how many of its last tokens may be others than the whole text's.
+CHARACTERS_PER_TOKEN, CUT_TOKENS = 8, 256
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,20 @@ class TextTokenizer:
         """
         return encode_text(self._tokenizer, text, special_tokens=special_tokens)
 
+    def encode_start(self, text: str, count: int) -> list[int]:
+        """The first ``count`` token ids of a text, all where it has fewer; of a long text little more is encoded.
+
+        Raises:
+            BadInputError: see :meth:`encode`.
+        """
+        length = CHARACTERS_PER_TOKEN * (count + CUT_TOKENS)
+        while length < len(text):
+            ids = self.encode(text[:length])
+            if len(ids) >= count + CUT_TOKENS:
+                return ids[:count]
+            length *= 2
+        return self.encode(text)[:count]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out.
 
@@ -158,17 +176,29 @@ class TextTokenizer:
         with _library_errors(PackageError, f"the tokenizer cannot be used: {{}}; {WAY_OUT}"):
             return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
-        """Text piece by piece as tokens arrive; a character is held back until all its bytes are there."""
+    def decode_after(self, before: Sequence[int], token_ids: Sequence[int]) -> str:
+        """Text of token ids that continue others: its first word keeps the space before it.
+
+        Raises:
+            PackageError: see :meth:`decode`.
+        """
+        return "".join(self.decode_stream(token_ids, before))
+
+    def decode_stream(self, token_ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """Text piece by piece as tokens arrive; a character is held back until all its bytes are there.
+
+        Args:
+            before: the tokens that they continue, if any.
+        """
         # Decoded together with the tokens before it, a token keeps its leading space.
-        context: list[int] = []
+        context = list(before[-CONTEXT_TOKENS:])
         pending: list[int] = []
         for token in token_ids:
             pending.append(token)
-            before = self.decode(context)
+            known = self.decode(context)
             text = self.decode(context + pending)
-            if len(text) > len(before) and not text.endswith(REPLACEMENT):
-                yield text[len(before) :]
+            if len(text) > len(known) and not text.endswith(REPLACEMENT):
+                yield text[len(known) :]
                 context, pending = pending, []
         if pending:
             yield self.decode(context + pending)[len(self.decode(context)) :]

@@ -1,5 +1,6 @@
 """The command mgptq-run: exit codes, JSON and messages."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from synthetic import random_llama
 
 from mgptq_runtime.cli import cli
 from mgptq_runtime.container import read_container
+from mgptq_runtime.messages import replace_unprintable_output
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,29 @@ def test_bench_prints_its_numbers(folder):
         assert values[key] > 0
 
 
+def test_bench_does_not_count_what_another_program_held():
+    """The one that started it, here with 400 MB."""
+    held = bytearray(400_000_000)
+    program = "from mgptq_runtime.bench import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert 1_000_000 < int(done.stdout) < len(held)
+
+
+def test_text_goes_to_an_output_that_lacks_its_characters(folder, monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    replace_unprintable_output()
+    print("ö 漢")
+    narrow.flush()
+    assert narrow.buffer.getvalue() == "ö ?\n".encode("latin-1")
+
+
+def test_generate_needs_no_standard_output(folder):
+    command = [sys.executable, "-m", "mgptq_runtime", "generate", str(folder), "--prompt", "Hi", "--max-tokens", "2"]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_info_prints_one_object(folder):
     assert run_json("info", folder)["family"] == "llama"
     assert "bits_stored" in run("info", folder).stdout
@@ -126,6 +151,14 @@ def test_info_prints_one_object(folder):
         ["check", "x", "--accuracy-level", "2"],
         ["generate", "x"],
         ["bench", "x", "--threads", "0"],
+        ["bench", "x", "--prompt-tokens", "0"],
+        ["bench", "x", "--decode-tokens", "0"],
+        ["generate", "x", "--prompt", "x", "--temperature", "-1"],
+        ["generate", "x", "--prompt", "x", "--top-k", "-1"],
+        ["generate", "x", "--prompt", "x", "--top-p", "0"],
+        ["generate", "x", "--prompt", "x", "--seed", "-1"],
+        ["perplexity", "x", "--text", "x", "--window", "1"],
+        ["perplexity", "x", "--text", "x", "--windows", "0"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments):

@@ -2,7 +2,7 @@
 
 import pytest
 from golden_package import TEXT, make_tokenizer_folder
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from mgptq_runtime.errors import BadInputError, PackageError
 from mgptq_runtime.tokenizer import TextTokenizer, TokenizerData
@@ -51,6 +51,30 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(tokenizer_jso
 def test_a_stream_that_ends_inside_a_character_ends(tokenizer_json):
     text = tokenizer(tokenizer_json)
     assert "".join(text.decode_stream(text.encode("🐢")[:2])).strip("�") == ""
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word():
+    """As Llama 2 writes text: spaces are a character, and the first one of a whole text is nobody's."""
+    vocabulary = {"▁Once": 0, "▁upon": 1, "▁a": 2, "▁time": 3, "ly": 4, "▁": 5}
+    llama = Tokenizer(models.BPE(vocabulary, []))
+    llama.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    llama.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    text = tokenizer(llama.to_str())
+    assert text.decode([0, 1]) == "Once upon"
+    assert text.decode_after([0, 1], [2, 3]) == " a time"
+    assert text.decode_after([0, 1], [4, 3]) == "ly time"
+    assert text.decode_after([], [2, 3]) == text.decode([2, 3]) == "a time"
+    assert list(text.decode_stream([2, 3, 4], [0, 1] * 9)) == [" a", " time", "ly"]
+
+
+@pytest.mark.parametrize("count", [1, 100, 10_000])
+def test_the_start_of_a_text_has_the_tokens_of_the_whole(tokenizer_json, monkeypatch, count):
+    text, whole = tokenizer(tokenizer_json), TEXT * 40
+    expected = text.encode(whole)[:count]
+    read, encode = [], text.encode
+    monkeypatch.setattr(text, "encode", lambda part: read.append(len(part)) or encode(part))
+    assert text.encode_start(whole, count) == expected
+    assert (read[-1] < len(whole)) == (count < 10_000)
 
 
 @pytest.mark.parametrize(("listed", "expected"), [(None, {1}), (5, {1, 5}), ([5, 6], {1, 5, 6})])
