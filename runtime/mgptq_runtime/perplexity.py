@@ -104,6 +104,8 @@ def measure_perplexity(
         total += _log_likelihood(logits[0], ids[0, half:])
         advance()
     scored = count * half
-    if not np.isfinite(total):
+    with np.errstate(over="ignore"):
+        result = float(np.exp(-total / scored))
+    if not np.isfinite(result):
         raise NumericalError("the model computed NaN or infinity; run: mgptq-run check PACKAGE")
-    return Perplexity(float(np.exp(-total / scored)), scored, count, backend.name)
+    return Perplexity(result, scored, count, backend.name)

@@ -7,7 +7,7 @@ from synthetic import random_llama
 from test_numpy_backend import torch_llama
 
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
-from mgptq_runtime.errors import BadInputError
+from mgptq_runtime.errors import BadInputError, NumericalError
 from mgptq_runtime.perplexity import measure_perplexity, read_text
 
 
@@ -40,6 +40,16 @@ def test_only_the_first_windows_asked_for_are_scored():
 def test_what_cannot_be_scored_is_refused(tokens, window, windows, message):
     with pytest.raises(BadInputError, match=message):
         measure_perplexity(NumpyBackend(random_llama()), [1] * tokens, window=window, windows=windows)
+
+
+@pytest.mark.parametrize("size", [1e5, np.nan])
+def test_a_model_that_is_lost_is_an_error(size):
+    """No logarithm of its perplexity is a number, or its perplexity is none."""
+    backend = NumpyBackend(random_llama())
+    forward = backend.forward
+    backend.forward = lambda *arguments, **named: forward(*arguments, **named) * np.float32(size)
+    with pytest.raises(NumericalError, match="NaN or infinity"):
+        measure_perplexity(backend, list(range(64)), window=64)
 
 
 def test_documents_are_joined_with_a_blank_line(tmp_path):
