@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 DIGEST_SIZE = 8
-MAX_FILE_BYTES = 1 << 26
+MAX_GOLDEN_BYTES = 1 << 26
 MAX_PROMPTS, MAX_LENGTH = 64, 512
 # All logits of a prompt are there at once: 256 MiB of float32.
 MAX_LOGITS = 1 << 26
@@ -114,8 +114,8 @@ def validate_golden(golden: GoldenVectors, vocabulary_size: int, layer_count: in
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """An array whose header was compared with the bytes that follow it, before anything of its size is made."""
     entry = archive.getinfo(f"{name}.npy")
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MAX_FILE_BYTES:
-        raise ValueError(f"{name} is compressed or larger than {MAX_FILE_BYTES} bytes")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MAX_GOLDEN_BYTES:
+        raise ValueError(f"{name} is compressed or larger than {MAX_GOLDEN_BYTES} bytes")
     data = archive.read(entry)
     size = int.from_bytes(data[len(NPY_START) : len(NPY_START) + 2], "little")
     start = len(NPY_START) + 2 + size
@@ -153,9 +153,9 @@ def read_golden(path: Path) -> GoldenVectors:
     """
     try:
         size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
+        if size > MAX_GOLDEN_BYTES:
             raise PackageError(
-                f"{path} has {size} bytes, golden vectors have at most {MAX_FILE_BYTES}; export them again"
+                f"{path} has {size} bytes, golden vectors have at most {MAX_GOLDEN_BYTES}; export them again"
             )
         return parse_golden(path.read_bytes(), path)
     except OSError as error:

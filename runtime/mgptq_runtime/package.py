@@ -24,7 +24,7 @@ from mgptq_runtime.check import DEFAULT_BOUNDS, Bounds, bounds_key, read_bounds
 from mgptq_runtime.container import Container, parse_container, read_container
 from mgptq_runtime.errors import BadInputError, CheckError, PackageError
 from mgptq_runtime.files import Buffer, compare_sha256, map_whole, open_in_folder
-from mgptq_runtime.golden import GoldenVectors, parse_golden, validate_golden
+from mgptq_runtime.golden import MAX_GOLDEN_BYTES, GoldenVectors, parse_golden, validate_golden
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 from mgptq_runtime.tokenizer import TextTokenizer, TokenizerData
 
@@ -249,13 +249,13 @@ class Package:
     def _compare(self, relative: str, content: Buffer) -> None:
         compare_sha256(self.path / relative, hashlib.sha256(content).hexdigest(), self._entry(relative).sha256)
 
-    def _read(self, relative: str) -> bytes:
+    def _read(self, relative: str, most: int = MAX_TEXT_BYTES) -> bytes:
         """The content of a small file, hashed as it was read."""
         with self._open(relative) as stream:
-            content = stream.read(MAX_TEXT_BYTES + 1)
-        if len(content) > MAX_TEXT_BYTES:
+            content = stream.read(most + 1)
+        if len(content) > most:
             raise PackageError(
-                f"{self.path / relative} has more than {MAX_TEXT_BYTES} bytes, the most that is allowed; {WAY_OUT}"
+                f"{self.path / relative} has more than {most} bytes, the most that is allowed; {WAY_OUT}"
             )
         self._compare(relative, content)
         return content
@@ -340,7 +340,7 @@ class Package:
                 return self.container.golden
             raise CheckError(f"{self.path} has no golden vectors ({GOLDEN_FILE}); export the package again")
         path = self.path / GOLDEN_FILE
-        golden = parse_golden(self._read(GOLDEN_FILE), path)
+        golden = parse_golden(self._read(GOLDEN_FILE, MAX_GOLDEN_BYTES), path)
         try:
             validate_golden(golden, backend.vocabulary_size)
         except ValueError as error:
@@ -381,7 +381,7 @@ class Package:
             for name in ("tokenizer_config.json", "generation_config.json", "genai_config.json")
         )
         genai_model = genai.get("model")
-        if "eos_token_id" not in generation and isinstance(genai_model, dict):
+        if generation.get("eos_token_id") is None and isinstance(genai_model, dict):
             generation["eos_token_id"] = genai_model.get("eos_token_id")
         embedded = config.get("chat_template")
         chat_template = embedded if isinstance(embedded, str) else None

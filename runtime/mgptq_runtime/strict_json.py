@@ -43,14 +43,16 @@ def parse_json(text: str | bytes, max_bytes: int | None = None) -> Any:
     """Parse JSON text, UTF-8 where it is bytes.
 
     Args:
-        max_bytes: the longest text allowed, in bytes or characters; None for any.
+        max_bytes: the longest text allowed, in UTF-8; None for any.
 
     Raises:
         ValueError: text that is broken or too long, a duplicate key, NaN, infinity or a number beyond float64, half a
             surrogate pair, or nesting too deep to parse.
     """
-    if max_bytes is not None and len(text) > max_bytes:
-        raise ValueError(f"{len(text)} bytes of JSON, at most {max_bytes} are allowed")
+    if max_bytes is not None:
+        size = len(text) if isinstance(text, bytes) else len(text.encode(errors="surrogatepass"))
+        if size > max_bytes:
+            raise ValueError(f"{size} bytes of JSON, at most {max_bytes} are allowed")
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
     try:

@@ -133,6 +133,21 @@ def test_an_onnx_package_alone_has_golden_vectors_and_text(onnx_folder):
     assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "Hi"}])).startswith("user: Hi")
 
 
+def test_no_end_of_text_in_a_file_leaves_that_of_genais_configuration(onnx_folder):
+    (onnx_folder / "onnx" / "generation_config.json").write_text('{"eos_token_id": null}')
+    write_manifest(onnx_folder, [f"onnx/{path.name}" for path in (onnx_folder / "onnx").iterdir()])
+    tokenizer = open_package(onnx_folder).tokenizer(SimpleNamespace(name="onnx", vocabulary_size=512))
+    assert tokenizer.eos_token_ids == {1, 7}
+
+
+def test_golden_vectors_of_their_whole_allowance_are_read(onnx_folder):
+    """More than any other file of text size; these are refused for what they hold, and not for their length."""
+    (onnx_folder / "onnx" / "golden.npz").write_bytes(bytes(50 << 20))
+    write_manifest(onnx_folder, [f"onnx/{path.name}" for path in (onnx_folder / "onnx").iterdir()])
+    with pytest.raises(PackageError, match="not a file of golden vectors"):
+        open_package(onnx_folder).golden(SimpleNamespace(name="onnx", vocabulary_size=512))
+
+
 def test_without_its_container_a_package_says_how_to_go_on(onnx_folder):
     """As on a device that was given the ONNX part of both."""
     onnx = [f"onnx/{path.name}" for path in (onnx_folder / "onnx").iterdir()]
