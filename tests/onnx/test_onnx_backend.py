@@ -164,6 +164,11 @@ def package(exported, tmp_path):
     return shutil.copytree(exported.folder, tmp_path / "package")
 
 
+def test_a_folder_that_onnx_runtime_cannot_name_is_refused(package, tmp_path):
+    with pytest.raises(BadInputError, match="a name that is not UTF-8"):
+        OnnxBackend(shutil.copytree(package, tmp_path / "\udce9"))
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "genai_config.json"])
 def test_missing_file_is_named(package, name):
     (package / name).unlink()

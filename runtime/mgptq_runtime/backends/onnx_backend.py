@@ -150,6 +150,12 @@ def _open_session(path: Path, model: bytes, weights_bytes: int, threads: int | N
     except ValueError as error:
         raise PackageError(f"{path} cannot be used: {error}; export the package again") from error
     options = _session_options(threads)
+    try:
+        os.fspath(path.parent).encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError(
+            f"{path.parent} has a name that is not UTF-8, which ONNX Runtime cannot open; rename it"
+        ) from error
     options.add_session_config_entry(WEIGHTS_FOLDER_KEY, str(path.parent))
     try:
         # Its fallback would print to standard output, and try the same again.
