@@ -187,7 +187,7 @@ def write_checkpoint(
     full_config: dict[str, Any] = {**config, "quantization_config": quantization_config}
     weights, settings = folder / "model.safetensors", folder / "config.json"
     save_file({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}, weights)
-    settings.write_text(json.dumps(full_config, indent=2) + "\n")
+    settings.write_text(json.dumps(full_config, indent=2) + "\n", encoding="utf-8")
     weights.chmod(settings.stat().st_mode)  # safetensors lets nobody else read what it writes
     copy_tokenizer(tokenizer_folder, folder)
     drop_tokens_beyond(folder / "tokenizer.json", model.embedding.rows)

@@ -49,7 +49,7 @@ class History:
 
     def write(self, folder: Path) -> None:
         """Write ``history.json`` into a checkpoint's folder."""
-        (folder / HISTORY_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        (folder / HISTORY_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "History":

@@ -168,5 +168,5 @@ def _available() -> int:
     room = psutil.virtual_memory().available
     for limit, used in CONTROL_GROUP_FILES:
         with suppress(OSError, ValueError):  # no such group; no limit is the word max
-            room = min(room, int(limit.read_text()) - int(used.read_text()))
+            room = min(room, int(limit.read_text(encoding="utf-8")) - int(used.read_text(encoding="utf-8")))
     return max(room, 0)

@@ -85,8 +85,8 @@ def describe(folder: Path, solved: Sequence[Solved], manifest: Mapping[str, Any]
     contents = [PackageContent(one.layout, one.checkpoint, one.history) for one in solved]
     files = [one for one in listed_files(folder) if one["path"] not in (CARD_FILE, REPORT_FILE)]
     described = {**manifest, "files": files}
-    (folder / CARD_FILE).write_text(model_card(described, contents))
-    (folder / REPORT_FILE).write_text(report_page(described, contents))
+    (folder / CARD_FILE).write_text(model_card(described, contents), encoding="utf-8")
+    (folder / REPORT_FILE).write_text(report_page(described, contents), encoding="utf-8")
     return _write_manifest(folder, manifest)
 
 
@@ -94,7 +94,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]
     """Write a manifest that lists what the folder now holds; it is returned."""
     whole = {**manifest, "files": listed_files(folder)}
     temporary = folder / f".{MANIFEST_FILE}"
-    temporary.write_text(json.dumps(whole, indent=2) + "\n")
+    temporary.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     temporary.replace(folder / MANIFEST_FILE)
     return whole
 

@@ -109,7 +109,7 @@ def _unpack(wanted: Unpacked, parent: Path, mirror: str) -> Path:
             (scratch / needed).mkdir(parents=True)
         (scratch / "status").touch()
         signed = f"arch={wanted.architecture} signed-by={KEYRING}"
-        (scratch / "sources.list").write_text(f"deb [{signed}] {mirror} {wanted.release} main\n")
+        (scratch / "sources.list").write_text(f"deb [{signed}] {mirror} {wanted.release} main\n", encoding="utf-8")
         apt = ["apt-get", "-q", *apt_options(scratch, wanted.architecture)]
         _tell(*apt, "update")
         _tell(*apt, "install", "-y", "--download-only", *wanted.packages)
@@ -134,7 +134,7 @@ def _install_runtime(site: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         constraints = scratch / "constraints.txt"
-        constraints.write_text("".join(f"{d.name}=={d.version}\n" for d in distributions()))
+        constraints.write_text("".join(f"{d.name}=={d.version}\n" for d in distributions()), encoding="utf-8")
         # Setuptools leaves a build folder beside the sources, and takes over what it finds in an old one.
         left_behind = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
         source = shutil.copytree(ROOT / "runtime", scratch / "runtime", ignore=left_behind)
@@ -176,7 +176,7 @@ def install_machine(folder: Path, cpus: Sequence[str], mirror: str = MIRROR) -> 
     emulator = _unpack(EMULATOR, folder, mirror) / "usr" / "bin" / "qemu-aarch64"
     _install_runtime(folder / "site")
     python = folder / "python"
-    python.write_text(SCRIPT.format(emulator=emulator, system=system, site=folder / "site"))
+    python.write_text(SCRIPT.format(emulator=emulator, system=system, site=folder / "site"), encoding="utf-8")
     python.chmod(0o755)
     machines = [Machine(cpu, python, {"QEMU_CPU": cpu}, emulator) for cpu in cpus]
     for machine in machines:

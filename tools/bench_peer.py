@@ -21,7 +21,7 @@ def main(model: str, tokens: str, iterations: str, bits: str, group_size: str) -
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    sequences = torch.tensor(json.loads(Path(tokens).read_text()))
+    sequences = torch.tensor(json.loads(Path(tokens).read_text(encoding="utf-8")))
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(model)
     stages["load"] = (begun, time.time())

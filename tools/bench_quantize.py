@@ -103,7 +103,7 @@ def watched(command: Sequence[str]) -> tuple[str, list[Sample]]:
 def stages_of_log(log: Path) -> Spans:
     """The stages of a run, from what ``--log-file`` wrote."""
     begun, spans = {}, {}
-    for line in log.read_text().splitlines():
+    for line in log.read_text(encoding="utf-8").splitlines():
         if match := STAGE_LINE.fullmatch(line):
             moment = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
             if match[2]:
@@ -152,7 +152,7 @@ def measure_peer(python: str, model: str, tokens: Sequence[Sequence[int]], itera
     """Cost by stage of the peer on the same tokens."""
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "tokens.json"
-        file.write_text(json.dumps(tokens))
+        file.write_text(json.dumps(tokens), encoding="utf-8")
         settings = map(str, (iterations, PEER_BITS, PEER_GROUP_SIZE))
         output, samples = watched([python, str(PEER), model, str(file), *settings])
     parts = costs(json.loads(output.splitlines()[-1])["stages"], samples)
@@ -234,7 +234,11 @@ class Results:
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
         self._out = out
         self.settings = json.loads(json.dumps(settings))
-        known = json.loads(self._file.read_text()) if self._file.exists() else {"settings": self.settings, "rows": {}}
+        known = (
+            json.loads(self._file.read_text(encoding="utf-8"))
+            if self._file.exists()
+            else {"settings": self.settings, "rows": {}}
+        )
         if known["settings"] != self.settings:
             raise click.ClickException(f"{self._file} was measured otherwise; take another -o, or remove it")
         self.rows = {row: {name: Cost(**cost) for name, cost in parts.items()} for row, parts in known["rows"].items()}
@@ -251,11 +255,13 @@ class Results:
         self.rows[row] = measure()
         content = {name: {part: asdict(cost) for part, cost in parts.items()} for name, parts in self.rows.items()}
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(json.dumps({"settings": self.settings, "rows": content}, indent=1) + "\n")
+        self._file.write_text(
+            json.dumps({"settings": self.settings, "rows": content}, indent=1) + "\n", encoding="utf-8"
+        )
 
     def write(self, suffix: str, text: str) -> None:
         """Another file of the same name."""
-        self._out.with_name(self._out.name + suffix).write_text(text)
+        self._out.with_name(self._out.name + suffix).write_text(text, encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
@@ -445,7 +451,7 @@ def main(
             text = bench_model(task, recipes or tuple(RECIPES), evaluate, peer, out)
         except MgptqError as error:
             raise click.ClickException(str(error)) from error
-    out.with_name(f"{out.name}.md").write_text(text)
+    out.with_name(f"{out.name}.md").write_text(text, encoding="utf-8")
     click.echo(text)
 
 

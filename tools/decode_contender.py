@@ -117,7 +117,7 @@ KINDS: dict[str, tuple[Callable[[], None], Callable[[Path, int], Decoder]]] = {
 
 def resident_bytes(field: str) -> int:
     """``VmRSS``, what the process holds now, or ``VmHWM``, the most that it held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
 
 

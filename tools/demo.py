@@ -64,7 +64,7 @@ def main() -> None:
     start = time.monotonic()
     source = smollm2_file()
     TEXT.parent.mkdir(exist_ok=True)
-    TEXT.write_text("\n\n".join(pydoc_data.topics.topics.values()))
+    TEXT.write_text("\n\n".join(pydoc_data.topics.topics.values()), encoding="utf-8")
     run = ("mgptq-export", "run", str(source), "-o", str(OUT), "--bits", "2.5", "--fast", "--overwrite", "--json")
     manifest = json.loads(command(*run, "--evaluate", str(TEXT), "--windows", "8"))
     checks = json.loads(command("mgptq-run", "check", str(OUT), "--json"))

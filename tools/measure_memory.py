@@ -60,7 +60,7 @@ def make_model(folder: Path, layers: int, hidden: int, intermediate: int, vocabu
 def memory_of(pid: int) -> dict[str, int]:
     """Resident bytes of a process, by kind; empty once it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
     fields = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}

@@ -49,7 +49,7 @@ def peak_rss_bytes() -> int:
     """The most memory that this process held so far, in bytes."""
     with suppress(OSError, IndexError):
         # On Linux, ru_maxrss is at least what the process that started this one held then.
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+        return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

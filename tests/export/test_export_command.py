@@ -240,6 +240,27 @@ def test_failures_exit_with_1_and_one_message(main, even_model, made, tmp_path):
         assert list(tmp_path.iterdir()) == [short]
 
 
+ANY_LOCALE = """
+import sys, warnings
+warnings.filterwarnings("error", category=EncodingWarning, module="mgptq_(export|runtime)")
+from mgptq_export.cli import main
+main()
+"""
+
+
+def test_what_files_hold_does_not_depend_on_the_locale(even_model, text_file, tmp_path):
+    """Reports have characters that few encodings but UTF-8 have."""
+    program = [sys.executable, "-X", "warn_default_encoding", "-c", ANY_LOCALE]
+    scored = ("--evaluate", text_file, "--window", 32, "--windows", 1)
+    for arguments in (
+        ("run", even_model, "-o", tmp_path / "out", *QUICK, *scored, "--targets", "container,onnx,llama.cpp"),
+        ("sweep", even_model, "-o", tmp_path / "swept", *QUICK, *scored, "--bits", 2.5, "--targets", "container"),
+        ("export", tmp_path / "out", "--targets", "onnx"),
+    ):
+        done = subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_an_error_is_told_with_the_name_that_the_documentation_has_it_under(main, tmp_path):
     assert main("plan", tmp_path)[2].endswith(" [BadInputError]\n")
 

@@ -69,7 +69,7 @@ def _write_config_folder(folder: Path, checkpoint: Checkpoint, family: Family) -
     folder.mkdir()
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["architectures"] = config.get("architectures") or [family.architecture]
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     copy_tokenizer(checkpoint.folder, folder)
 
 
@@ -175,4 +175,4 @@ def build_float_graph(checkpoint: Checkpoint, folder: Path) -> tuple[ir.Model, d
             f"{printed.getvalue()[-2000:]}"
         ) from error
     logger.debug("builder output:\n%s", printed.getvalue())
-    return model, json.loads((folder / "genai_config.json").read_text())
+    return model, json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))

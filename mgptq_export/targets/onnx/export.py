@@ -122,7 +122,7 @@ def export_onnx(checkpoint: Checkpoint, golden: GoldenVectors, folder: Path) -> 
         _save(quantized_graph(checkpoint, graph_model), package)
         _check_genai_config(genai_config, checkpoint.model)
         genai_config = complete_genai_config(genai_config, checkpoint)
-        (package / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
+        (package / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n", encoding="utf-8")
         write_tokenizer(checkpoint.folder, package, genai_config["model"]["context_length"])
         write_golden(package / GOLDEN, golden)
         package.rename(folder)
