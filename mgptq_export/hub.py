@@ -5,7 +5,7 @@ from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from mgptq_export.manifest import read_manifest, verify
@@ -17,6 +17,8 @@ __all__ = ["push"]
 
 def push(package: Path, repository: str, *, private: bool = False, endpoint: str | None = None) -> str:
     """Upload a package to a model repository, which is created where there is none. Its ``README.md`` is the card.
+
+    Files of an earlier package there that this one does not have are deleted; other files stay.
 
     Args:
         package: a folder written by :func:`mgptq_export.pipeline.run`; its files must be what its manifest says.
@@ -44,9 +46,15 @@ def push(package: Path, repository: str, *, private: bool = False, endpoint: str
         api = HfApi(endpoint=endpoint)
         api.create_repo(repository, private=private, exist_ok=True)
         message = f"{manifest['name']} at {manifest['bits']['stored']:.4g} bits"
-        listed = [glob.escape(name) for name in (MANIFEST_FILE, *(file["path"] for file in manifest["files"]))]
+        listed = {MANIFEST_FILE, *(file["path"] for file in manifest["files"])}
         return str(
-            api.upload_folder(repo_id=repository, folder_path=package, commit_message=message, allow_patterns=listed)
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=package,
+                commit_message=message,
+                allow_patterns=[glob.escape(name) for name in sorted(listed)],
+                delete_patterns=[glob.escape(name) for name in sorted(_files_there(api, repository) - listed)],
+            )
         )
     except HFValidationError as error:
         raise BadInputError(f"{repository} is no name for a repository: {error}; give OWNER/NAME") from error
@@ -57,3 +65,12 @@ def push(package: Path, repository: str, *, private: bool = False, endpoint: str
         ) from error
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise BadInputError(f"the hub cannot be reached ({error}); check the connection") from error
+
+
+def _files_there(api: HfApi, repository: str) -> set[str]:
+    """What the manifest of a package that was uploaded before lists; nothing where there is none."""
+    try:
+        downloaded = Path(api.hf_hub_download(repository, MANIFEST_FILE))
+        return {file["path"] for file in read_manifest(downloaded.parent)["files"]}
+    except (EntryNotFoundError, PackageError):  # another program's manifest is none of ours
+        return set()

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from huggingface_hub.errors import EntryNotFoundError
 
 from mgptq_export import pipeline
 from mgptq_export.models import SourceModel
@@ -33,3 +35,8 @@ class Package:
     manifest: dict[str, Any]
     model: Path
     text: pipeline.EvaluationText
+
+
+def nothing_there(api: object, repository: str, name: str) -> NoReturn:
+    """In the place of ``HfApi.hf_hub_download``: a repository without files."""
+    raise EntryNotFoundError(f"{repository} has no {name}")

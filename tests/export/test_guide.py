@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 from click.testing import CliRunner
 from pages import ROOT, anchors, blocks, links, page, section
-from small_runs import RECIPE
+from small_runs import RECIPE, nothing_there
 
 from mgptq_export import cli as export_command
 from mgptq_export import hub, pipeline
@@ -66,6 +66,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # The first places of a random model's logits are too close for 8-bit activations; the divergence still counts.
     monkeypatch.setitem(DEFAULT_BOUNDS, "onnx_fast", replace(DEFAULT_BOUNDS["onnx_fast"], top1_agreement=0.8))
     monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, **options: None)
+    monkeypatch.setattr(hub.HfApi, "hf_hub_download", nothing_there)
     monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, *, repo_id, **options: f"https://hub/{repo_id}")
     return tmp_path
 

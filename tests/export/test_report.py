@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from install_browser import find_browser
 from playwright.sync_api import Browser, Page, sync_playwright
-from small_runs import RECIPE, Package
+from small_runs import RECIPE, Package, nothing_there
 
 from mgptq_export import cli as command
 from mgptq_export import hub, pipeline
@@ -284,12 +284,33 @@ def test_the_cards_command_gives_the_recipe_again(recipe, monkeypatch):
 
 def test_push_uploads_the_folder_to_a_repository_that_it_creates(package, monkeypatch, main):
     calls = []
+    monkeypatch.setattr(hub.HfApi, "hf_hub_download", nothing_there)
     monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)))
     monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, **options: calls.append(options) or "the address")
     code, out, _ = main("push", package.folder, "me/model", "--private", "--json")
     assert code == 0 and json.loads(out) == {"url": "the address"}
     assert calls[0] == ("me/model", {"private": True, "exist_ok": True})
     assert calls[1]["repo_id"] == "me/model" and calls[1]["folder_path"] == package.folder
+    assert calls[1]["delete_patterns"] == []
+
+
+def test_push_deletes_what_an_earlier_package_left_and_nothing_else(package, tmp_path, monkeypatch):
+    """The hub has a package with an ONNX model, beside files of others; what is pushed has none."""
+    calls, less = [], tmp_path / "less"
+    pipeline.export(package.folder, ["container"], less)
+    shutil.rmtree(less / "onnx")
+    manifest = json.loads((less / "manifest.json").read_text())
+    manifest["files"] = [file for file in manifest["files"] if not file["path"].startswith("onnx/")]
+    (less / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, **options: None)
+    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, **options: calls.append(options))
+    for there in (package.folder / "manifest.json", tmp_path / "manifest.json"):
+        monkeypatch.setattr(hub.HfApi, "hf_hub_download", lambda self, *_, there=there: str(there))
+        (tmp_path / "manifest.json").write_text('{"name": "app", "files": ["app.js"]}')
+        hub.push(less, "me/model")
+    onnx = {file["path"] for file in package.manifest["files"] if file["path"].startswith("onnx/")}
+    assert set(calls[0]["delete_patterns"]) == onnx
+    assert calls[1]["delete_patterns"] == []
 
 
 def test_a_damaged_package_is_not_uploaded(package, tmp_path, monkeypatch):
