@@ -4,8 +4,7 @@ import json
 import logging
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,21 @@ from mgptq_runtime.errors import BadInputError, DistributedError, MgptqError, Ou
 from mgptq_runtime.package import MANIFEST_FILE
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
-__all__ = ["MANIFEST_KEYS", "SWEEP_FILE", "UnfinishedRun", "new_folder", "reason", "unfinished_run"]
+__all__ = [
+    "MANIFEST_KEYS",
+    "SWEEP_FILE",
+    "SWEEP_PAGE",
+    "UnfinishedRun",
+    "check_only_ours",
+    "new_folder",
+    "reason",
+    "unfinished_run",
+]
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_KEYS = {"name", "bits", "layouts", "targets", "files"}
-SWEEP_FILE = "sweep.json"
+SWEEP_FILE, SWEEP_PAGE = "sweep.json", "sweep.html"
 # A folder with one of these files, with such keys, is what this program wrote.
 MARKS = {MANIFEST_FILE: MANIFEST_KEYS, SWEEP_FILE: {"name", "recipe", "evaluation", "rows"}}
 
@@ -92,7 +100,7 @@ def unfinished_run(out: Path, *, overwrite: bool, resume: bool, one_task: bool =
         BadInputError: nothing can be written there.
     """
     out = _real_path(out)
-    work = out.parent / f"{out.name}.unfinished"
+    work = _work_of(out)
     if (
         resume
         and not overwrite
@@ -119,7 +127,7 @@ def unfinished_run(out: Path, *, overwrite: bool, resume: bool, one_task: bool =
             logger.debug(
                 "kept %d records of %.1f MB for --resume in %.1f s", kept.records, kept.bytes / 1e6, kept.seconds
             )
-            _publish(package, out, overwrite)
+            _publish(package, out, overwrite, work / "old")
         except BaseException as error:
             keeps = not journal.empty and (resumed or not one_task or not _by_input(error))
             shutil.rmtree(package if keeps else work, ignore_errors=True)
@@ -129,6 +137,11 @@ def unfinished_run(out: Path, *, overwrite: bool, resume: bool, one_task: bool =
                 raise BadInputError(f"writing {out} failed: {reason(error)}") from error
             raise
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _work_of(out: Path) -> Path:
+    """Where ``out`` is made, beside it."""
+    return out.parent / f"{out.name}.unfinished"
 
 
 @contextmanager
@@ -168,28 +181,35 @@ def _discard(work: Path, journal: Journal, overwrite: bool, out: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling that becomes ``out`` when the block ends well, and vanishes when it does not.
+def new_folder(out: Path, *, overwrite: bool, extends: bool = False) -> Iterator[Path]:
+    """A folder that becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    Args:
+        overwrite: replace ``out`` in the end.
+        extends: whether all that ``out`` holds comes into the new folder, whoever put it there.
 
     Raises:
-        OutputExistsError: ``out`` exists and may not be replaced; an old one survives until the new one is complete.
+        OutputExistsError: ``out`` exists and may not be replaced, or another process is at work on it; an old one
+            survives until the new one is complete.
         BadInputError: nothing can be written there.
     """
     out = _real_path(out)
-    _check_replaceable(out, overwrite)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise BadInputError(f"{out} cannot be written: {error.strerror}") from error
-    try:
-        partial.chmod(0o755)
-        yield partial
-        _publish(partial, out, overwrite)
-    except (OSError, SafetensorError) as error:
-        raise BadInputError(f"writing {out} failed: {reason(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    _check_replaceable(out, overwrite, extends)
+    work = _work_of(out)
+    with _claimed(work, out):
+        partial, old = work / "new", work / "old"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            _publish(partial, out, overwrite, old, extends)
+        except (OSError, SafetensorError) as error:
+            raise BadInputError(f"writing {out} failed: {reason(error)}") from error
+        finally:
+            for folder in (partial, old):
+                shutil.rmtree(folder, ignore_errors=True)
+            if Journal(work / "journal").empty:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def reason(error: Exception) -> str:
@@ -199,11 +219,11 @@ def reason(error: Exception) -> str:
     return str(error)
 
 
-def _publish(folder: Path, out: Path, overwrite: bool) -> None:
-    """Let a complete folder take its place."""
+def _publish(folder: Path, out: Path, overwrite: bool, old: Path, extends: bool = False) -> None:
+    """Let a complete folder take its place; what it replaces becomes ``old``, which may be deleted."""
     if overwrite:
-        _check_replaceable(out, overwrite)  # it may have appeared meanwhile
-        _replace_folder(folder, out)
+        _check_replaceable(out, overwrite, extends)  # it may have appeared meanwhile
+        _replace_folder(folder, out, old)
     else:
         folder.rename(out)  # fails where something has appeared in the meantime
 
@@ -216,7 +236,7 @@ def _real_path(out: Path) -> Path:
         raise BadInputError(f"{out} cannot be written: {error}") from error
 
 
-def _check_replaceable(out: Path, overwrite: bool) -> None:
+def _check_replaceable(out: Path, overwrite: bool, extends: bool = False) -> None:
     if not out.exists():
         return
     if not overwrite:
@@ -225,12 +245,46 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise OutputExistsError(f"{out} is a mount point, which cannot be replaced; choose a folder inside it")
     if not _is_ours(out):
         raise OutputExistsError(f"{out} is not a folder that this program wrote; --overwrite will not replace it")
+    if not extends:
+        check_only_ours(out)
+
+
+def check_only_ours(folder: Path, parts: Collection[str] | None = None) -> None:
+    """Refuse to delete what others put into a folder of ours, hidden files included.
+
+    Args:
+        parts: first parts of paths in ``folder`` that are to be deleted; None for all.
+
+    Raises:
+        OutputExistsError: there is such a file.
+    """
+    own = _own_files(folder)
+    for path in sorted(folder.rglob("*")):
+        deleted = parts is None or path.relative_to(folder).parts[0] in parts
+        if deleted and path not in own and (path.is_symlink() or not path.is_dir()):
+            raise OutputExistsError(
+                f"{path} is not what this program wrote, and would be deleted; move it elsewhere, or choose another "
+                "folder"
+            )
 
 
 def _is_ours(out: Path) -> bool:
     if not out.is_dir():
         return False
     return any(_has_keys(out / name, keys) for name, keys in MARKS.items()) or not any(out.iterdir())
+
+
+def _own_files(folder: Path) -> set[Path]:
+    """What a package's manifest lists, or those of a sweep, and the files that say so."""
+    own = set()
+    if _has_keys(folder / MANIFEST_FILE, MANIFEST_KEYS):
+        files: Any = parse_json_object((folder / MANIFEST_FILE).read_bytes())["files"]
+        listed = (file.get("path") for file in files if isinstance(file, dict))
+        own |= {folder / MANIFEST_FILE, *(folder / path for path in listed if isinstance(path, str))}
+    if _has_keys(folder / SWEEP_FILE, MARKS[SWEEP_FILE]):
+        packages = (path for path in folder.iterdir() if path.is_dir())
+        own |= {folder / SWEEP_FILE, folder / SWEEP_PAGE}.union(*map(_own_files, packages))
+    return own
 
 
 def _has_keys(path: Path, keys: set[str]) -> bool:
@@ -240,20 +294,14 @@ def _has_keys(path: Path, keys: set[str]) -> bool:
         return False
 
 
-def _replace_folder(new: Path, out: Path) -> None:
+def _replace_folder(new: Path, out: Path, old: Path) -> None:
     if not out.exists():
         new.rename(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    try:
-        out.rename(old / out.name)
-    except BaseException:
-        old.rmdir()
-        raise
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
     try:
         new.rename(out)
     except BaseException:  # an interrupt, too
-        (old / out.name).rename(out)
-        old.rmdir()
+        old.rename(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)

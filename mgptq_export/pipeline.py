@@ -30,7 +30,7 @@ from mgptq_export.memory import IN_MEMORY, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.memory_needs import needs_of
 from mgptq_export.models import SourceModel, check_local, count_model_weights, load_quantized_weights, load_source
-from mgptq_export.output import UnfinishedRun, new_folder, unfinished_run
+from mgptq_export.output import UnfinishedRun, check_only_ours, new_folder, unfinished_run
 from mgptq_export.packaging import complete, runs_on_backends, versions, write_targets
 from mgptq_export.planning import bits_for_size
 from mgptq_export.quantize import calibrate, check_budget, quantize
@@ -39,6 +39,7 @@ from mgptq_export.recovery import recover
 from mgptq_export.sizes import format_size
 from mgptq_export.solved import Solved, read_solved, save_solved, top_folder
 from mgptq_export.targets import TARGETS, target_named
+from mgptq_export.texts import text_name, text_sha256
 from mgptq_runtime.backends import Backend
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.package import file_sha256, open_package
@@ -46,6 +47,7 @@ from mgptq_runtime.progress import stage, stages
 
 __all__ = [
     "EvaluationText",
+    "ScoredText",
     "check_tokenizer",
     "evaluate_package",
     "export",
@@ -57,7 +59,7 @@ __all__ = [
     "memory_errors_of",
     "package_stages",
     "run",
-    "text_windows",
+    "scored_text",
 ]
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,21 @@ class EvaluationText:
     path: Path
     window: int = 512
     windows: int = 30
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """What an evaluation scores, read once: a file may change, or go, before all is scored.
+
+    Attributes:
+        name: of the file.
+        sha256: of the file, in hexadecimal.
+        windows: its tokens, int64 [windows, window].
+    """
+
+    name: str
+    sha256: str
+    windows: torch.Tensor
 
 
 def run(
@@ -132,12 +149,12 @@ def run(
             for layout in layouts:
                 check_budget(source, recipes[layout.name], layout)
             check_tokenizer(source, targets)
-            windows = text_windows(source, text, calibration_sha256(recipe)) if text and measured else None
+            scored = scored_text(source, text, calibration_sha256(recipe)) if text and measured else None
             if world.is_first:
                 under_way.identify(identity(source, recipe, targets))
             measuring = None
-            if text and windows is not None:
-                measuring = partial(measure, text, windows, torch_scorer(source.copy().model))
+            if scored:
+                measuring = partial(measure, scored, torch_scorer(source.copy().model))
             calibration = calibrate(source, recipe, journal)
             return make_package(folder, source, calibration, recipes, written, journal, measuring)
 
@@ -311,9 +328,11 @@ def export(
     solved = read_solved(package, known)
     # What is taken over must be what was written: the new manifest would vouch for damage.
     replaced = {target_named(target).path for target in targets}
+    if out is None:
+        check_only_ours(package, replaced)
     verify_files(package, [file for file in known["files"] if top_folder(file) not in replaced])
     names = ["export"] + ["check"] * runs_on_backends([*known["targets"], *targets])
-    with new_folder(out or package, overwrite or out is None) as folder, stages(names):
+    with new_folder(out or package, overwrite=overwrite or out is None, extends=out is None) as folder, stages(names):
         shutil.copytree(package, folder, symlinks=True, dirs_exist_ok=True)
         for target in targets:
             _remove(folder / target_named(target).path)
@@ -356,13 +375,13 @@ def evaluate_package(
             solved = read_solved(package, manifest)
             weights, files = count_model_weights(model), package.resolve().parent
             source = _load_within(max_memory, weights, files, model, device, trust_remote_code)
-        windows = text_windows(source, text, solved[0].made_with.get("calibration_sha256"))
+        scored = scored_text(source, text, solved[0].made_with.get("calibration_sha256"))
         scorers = _checkpoint_scorers(source, solved) | _backend_scorers(package, manifest["targets"])
-        return measure(text, windows, torch_scorer(source.model), scorers)
+        return measure(scored, torch_scorer(source.model), scorers)
 
 
-def text_windows(source: SourceModel, text: EvaluationText, calibrated_on: str | None) -> torch.Tensor:
-    """What an evaluation scores: int64 [windows, window]; with a warning where calibration has seen it.
+def scored_text(source: SourceModel, text: EvaluationText, calibrated_on: str | None) -> ScoredText:
+    """Read what an evaluation scores; with a warning where calibration has seen it.
 
     Args:
         calibrated_on: SHA-256 of the text that quantized models are calibrated on; None where it is not known.
@@ -372,19 +391,20 @@ def text_windows(source: SourceModel, text: EvaluationText, calibrated_on: str |
     """
     if source.tokenizer is None:
         raise BadInputError(
-            f"{source.source} has no tokenizer, so it cannot be evaluated; add tokenizer.json, or leave --evaluate out"
+            f"{source.source} has no tokenizer, so it cannot be evaluated; add tokenizer.json, or do not evaluate"
         )
     limit = source.model.config.max_position_embeddings
     if text.window > limit:
         raise BadInputError(f"a window of {text.window} tokens is beyond the model's context of {limit}; see --window")
     windows = evaluation_windows(file_tokens(text.path, source), text.window, text.windows)
-    if file_sha256(text.path) == calibrated_on:
+    scored = ScoredText(text_name(text.path), text_sha256(text.path), windows)
+    if scored.sha256 == calibrated_on:
         logger.warning(
             "%s is the text of the calibration, too: what is quantized looks better on it than on other text; "
             "evaluate on text that calibration has not seen",
             text.path,
         )
-    return windows
+    return scored
 
 
 def _quantize_into(
@@ -403,7 +423,7 @@ def _quantize_into(
         history = History.from_json(record.facts["history"])
         taken = replace(recipe, bits=record.facts["bits"], recovery_steps=len(history.recovery))
         repairs = record.facts["repairs"]
-        solved.append(save_solved(folder, layout, model, working, taken, calibration.tokens, repairs, history))
+        solved.append(save_solved(folder, layout, model, working, taken, calibration, repairs, history))
     return solved
 
 
@@ -471,16 +491,15 @@ def _backend_scorer(backend: Backend) -> Scorer:
     return score
 
 
-def measure(
-    text: EvaluationText, windows: torch.Tensor, reference: Scorer, scorers: Mapping[str, Scorer]
-) -> dict[str, Any]:
-    """Compare scorers with the original on the windows of a text; see :func:`evaluate_package` for what comes back."""
-    quality = evaluate(windows, reference, scorers)
+def measure(scored: ScoredText, reference: Scorer, scorers: Mapping[str, Scorer]) -> dict[str, Any]:
+    """Compare scorers with the original on a text; see :func:`evaluate_package` for what comes back."""
+    quality = evaluate(scored.windows, reference, scorers)
+    windows, window = scored.windows.shape
     return {
-        "text": text.path.name,
-        "text_sha256": file_sha256(text.path),
-        "window": text.window,
-        "windows": len(windows),
+        "text": scored.name,
+        "text_sha256": scored.sha256,
+        "window": window,
+        "windows": windows,
         "results": {name: value.to_json() for name, value in quality.items()},
     }
 

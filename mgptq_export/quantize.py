@@ -18,6 +18,7 @@ from mgptq_export.calibration import (
     Measured,
     ModelStatistics,
     attribute,
+    calibration_sha256,
     calibration_tokens,
     collect_statistics,
     recovery_tokens,
@@ -45,6 +46,7 @@ __all__ = [
     "quantize",
     "round_to_nearest",
     "solve",
+    "try_allocation",
 ]
 
 HELD_OUT_ONE_IN = 8
@@ -115,7 +117,7 @@ def quantize(
     def attempt(allocated: Allocated) -> Trial:
         trial = journal.once(
             f"trial-{next(numbers)}",
-            lambda: _attempt(source, calibration, recipe, layout, allocated, tables(allocated)).to_record(),
+            lambda: try_allocation(source, calibration, recipe, layout, allocated, tables(allocated))[0].to_record(),
         )
         return Trial.from_record(trial)
 
@@ -132,19 +134,25 @@ def quantize(
     return Quantization(model, allocated.bits, calibration.tokens, allocated.decision, repairs)
 
 
-def _attempt(
+def try_allocation(
     source: SourceModel,
     calibration: Calibration,
     recipe: Recipe,
     layout: Layout,
     allocated: Allocated,
-    tables: Tables,
-) -> Trial:
+    tables: Tables | None = None,
+) -> tuple[Trial, SourceModel]:
     """Quantize a copy of the model as told, and measure it on text that its calibration has not seen.
 
     Where drift is corrected, layers make up for much of what those before them lose, and other formats are worth their
     bits than where they do not: a trial goes through the layers in turn then, as the solution will, on a part of the
     text. Without, it is fitted to the original's activations, which are at hand, in a third of the time.
+
+    Args:
+        tables: embedding and head, where they have been solved before.
+
+    Returns:
+        what was lost, and the copy.
     """
     working = source.copy()
     # To go over codes again would lower what all allocations lose, and take as long as the trial.
@@ -156,7 +164,7 @@ def _attempt(
     else:
         solve(working, calibration, allocated, plain, layout, propagate=False, tables=tables)
     attribution = attribute(source, working, calibration.held_out)
-    return Trial(attribution.divergence, attribution.losses)
+    return Trial(attribution.divergence, attribution.losses), working
 
 
 def check_budget(source: SourceModel, recipe: Recipe, layout: Layout) -> None:
@@ -185,6 +193,8 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
     Args:
         journal: what has been done of this before, and where to keep what is done.
     """
+    # Said at once: a file may change, or go, before a package says it.
+    name, sha256 = recipe.to_json()["calibration"], calibration_sha256(recipe) if source.world.is_first else None
     tokens = calibration_set(source, recipe, journal)
     text = _recovery_set(source, recipe, tokens, journal) if recipe.recovers else tokens
     _check_shares(source, tokens)
@@ -200,7 +210,7 @@ def calibrate(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL)
         _renumber_intermediate(source, layer, index, groups, orders)
         source.memory.release_weights(layer)
     unseen = tokens[:held_out] if held_out else tokens
-    return Calibration(tokens, unseen, text, replace(renumbered, groups=groups), orders)
+    return Calibration(tokens, unseen, text, replace(renumbered, groups=groups), orders, name, sha256)
 
 
 def calibration_set(source: SourceModel, recipe: Recipe, journal: Journal = FORGETFUL) -> torch.Tensor:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mgptq_export.texts import text_name
 from mgptq_runtime.errors import BadInputError
 from mgptq_runtime.formats import FORMATS, GGML_FORMATS
 
@@ -112,11 +113,11 @@ class Recipe:
         return Recipe.embedding_format if size is None else MIXED
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values; of a calibration file its name, as its folder is nobody else's business."""
+        """All fields as JSON values; of a calibration file its name."""
         text = Path(self.calibration)
         return {
             **asdict(self),
-            "calibration": text.name if text.is_file() else self.calibration,
+            "calibration": text_name(text) if text.is_file() else self.calibration,
             "formats": list(self.formats),
             "ggml_types": list(self.ggml_types),
         }

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from mgptq_export.calibration import calibration_sha256
 from mgptq_export.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from mgptq_export.golden import make_golden
 from mgptq_export.history import History
-from mgptq_export.layouts import LAYOUTS, Layout
+from mgptq_export.layouts import LAYOUTS, Calibration, Layout
 from mgptq_export.manifest import verify_files
 from mgptq_export.models import SourceModel
 from mgptq_export.quantize import Repairs
@@ -54,7 +53,7 @@ def save_solved(
     model: QuantizedModel,
     source: SourceModel,
     recipe: Recipe,
-    tokens: torch.Tensor,
+    calibration: Calibration,
     repairs: Repairs,
     history: History,
 ) -> Solved:
@@ -64,7 +63,7 @@ def save_solved(
         folder: of the package, which holds no model of this layout.
         source: holds the weights of ``model``, dequantized.
         recipe: what ``model`` was made by.
-        tokens: the calibration set, int64 [samples, sequence], of which golden vectors are made.
+        calibration: what it was made with; of its tokens golden vectors are made.
         repairs: what had to be mended, for the manifest.
         history: what was found on the way, for the report.
     """
@@ -73,19 +72,19 @@ def save_solved(
         model,
         name=source.name,
         config=source.config,
-        recipe=recipe.to_json(),
+        recipe={**recipe.to_json(), "calibration": calibration.text_name},
         repairs=repairs,
         origin=source.origin,
         made_with={
             "threads": torch.get_num_threads(),
-            "calibration_sequences": len(tokens),
-            "calibration_sha256": calibration_sha256(recipe),
+            "calibration_sequences": len(calibration.tokens),
+            "calibration_sha256": calibration.text_sha256,
             "tokens_at_once": source.tokens_at_once,
             "processes": source.world.size,
         },
         tokenizer_folder=source.tokenizer_folder,
     )
-    golden = make_golden(source.model, tokens)
+    golden = make_golden(source.model, calibration.tokens)
     write_golden(folder / layout.folder / GOLDEN_FILE, golden)
     history.write(folder / layout.folder)
     return Solved(layout, checkpoint, golden, history)

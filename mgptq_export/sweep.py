@@ -22,11 +22,11 @@ from mgptq_export.manifest import read_manifest
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.models import SourceModel, check_local, gguf_source, load_shape, load_source
 from mgptq_export.models.gguf_file import read_gguf_file
-from mgptq_export.output import SWEEP_FILE, unfinished_run
+from mgptq_export.output import SWEEP_FILE, SWEEP_PAGE, unfinished_run
 from mgptq_export.packaging import describe
 from mgptq_export.quantize import calibrate, calibration_set, check_budget
 from mgptq_export.recipe import Recipe
-from mgptq_export.report import SWEEP_PAGE, sweep_page
+from mgptq_export.report import sweep_page
 from mgptq_export.report.facts import verdict
 from mgptq_export.solved import read_solved
 from mgptq_export.targets import target_named
@@ -119,13 +119,13 @@ def sweep(
                 for layout in layouts:
                     check_budget(source, one, layout)
             pipeline.check_tokenizer(source, targets)
-            windows = pipeline.text_windows(source, text, calibration_sha256(recipe))
+            scored = pipeline.scored_text(source, text, calibration_sha256(recipe))
             for path in against:
                 _check_comparable(path, source)
-            under_way.identify(pipeline.identity(source, recipe, targets) | {"evaluation": _identity(text)})
+            under_way.identify(pipeline.identity(source, recipe, targets) | {"evaluation": _identity(scored, text)})
             calibration_set(source, recipe, journal)  # a text that cannot be used is found before anything is scored
             reference = _scored_once(torch_scorer(source.model), journal.within("original"))
-            measure = partial(pipeline.measure, text, windows, reference)
+            measure = partial(pipeline.measure, scored, reference)
             original = measure({})
             rows = [_original_row(source, original)]
             rows += [_foreign_row(path, source, measure, journal.within("against")) for path in against]
@@ -133,17 +133,18 @@ def sweep(
             for one in recipes.values():
                 rows += _budget_rows(folder, source, calibration, one, targets, measure, journal)
         rows = _with_front(rows)
+        described = {**recipe.to_json(), "calibration": calibration.text_name}
         for budget in recipes:
             _tell_of_sweep(folder / budget, rows)
         swept = {
             "name": source.name,
             "targets": list(targets),
-            "recipe": {key: value for key, value in recipe.to_json().items() if key not in ("bits", "size")},
+            "recipe": {key: value for key, value in described.items() if key not in ("bits", "size")},
             "evaluation": {key: value for key, value in original.items() if key != "results"},
             "rows": rows,
         }
-        (folder / SWEEP_FILE).write_text(json.dumps(swept, indent=2) + "\n")
-        (folder / SWEEP_PAGE).write_text(sweep_page(swept))
+        (folder / SWEEP_FILE).write_text(json.dumps(swept, indent=2) + "\n", encoding="utf-8")
+        (folder / SWEEP_PAGE).write_text(sweep_page(swept), encoding="utf-8")
         return swept
 
 
@@ -167,9 +168,9 @@ def _name(bits: float) -> str:
     return str(float(bits)).removesuffix(".0")
 
 
-def _identity(text: pipeline.EvaluationText) -> dict[str, Any]:
+def _identity(scored: pipeline.ScoredText, text: pipeline.EvaluationText) -> dict[str, Any]:
     """All that figures depend on, beside what packages do."""
-    return {"text": file_sha256(text.path), "window": text.window, "windows": text.windows}
+    return {"text": scored.sha256, "window": text.window, "windows": text.windows}
 
 
 def _check_comparable(path: Path, source: SourceModel) -> None:

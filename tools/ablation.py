@@ -191,7 +191,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / row.key.replace("/", "-")
             targets = ["container", "onnx"] if row.recovered and self.packages else ["container"]
-            solved = save_solved(package, COLUMNS, model, self.source, recipe, calibration.tokens, {}, History())
+            solved = save_solved(package, COLUMNS, model, self.source, recipe, calibration, {}, History())
             write_targets(package, [solved], targets)
             if row.recovered and self.packages:
                 complete(package, [solved], targets)
@@ -200,20 +200,21 @@ class Bench:
         return {"stored_bits": model.bits_stored, "bytes": size}
 
     def _result(self, row: Row, of_model: Mapping[str, Any]) -> dict[str, Any]:
-        perplexity = {name: self.perplexity(windows, name) for name, windows in self.windows.items()}
+        perplexity = {name: perplexity_of(self.source.model, text, name) for name, text in self.windows.items()}
         return {**asdict(row), "method": row.method, **of_model, "perplexity": perplexity}
 
-    def perplexity(self, windows: torch.Tensor, name: str) -> float:
-        """Over the second half of every window, given the first."""
-        half = windows.shape[1] // 2
-        total = 0.0
-        with torch.no_grad(), track(f"Scoring {name}", len(windows)) as advance:
-            for window in windows:
-                output = self.source.model(window[None], use_cache=False, logits_to_keep=half + 1)
-                predicted = torch.log_softmax(output.logits[0, :-1], -1)
-                total -= predicted.gather(1, window[-half:, None]).double().sum().item()
-                advance()
-        return math.exp(total / (len(windows) * half))
+
+def perplexity_of(model: torch.nn.Module, windows: torch.Tensor, name: str) -> float:
+    """Over the second half of every window, given the first."""
+    half = windows.shape[1] // 2
+    total = 0.0
+    with torch.no_grad(), track(f"Scoring {name}", len(windows)) as advance:
+        for window in windows:
+            output = model(window[None], use_cache=False, logits_to_keep=half + 1)
+            predicted = torch.log_softmax(output.logits[0, :-1], -1)
+            total -= predicted.gather(1, window[-half:, None]).double().sum().item()
+            advance()
+    return math.exp(total / (len(windows) * half))
 
 
 def table(results: list[dict[str, Any]], texts: list[str]) -> str:
@@ -258,7 +259,7 @@ def read_results(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    held = json.loads(path.read_text())
+    held = json.loads(path.read_text(encoding="utf-8"))
     then = held.get("settings", {})
     changed = [
         f"{name} {then.get(name)}, now {settings.get(name)}"
@@ -274,7 +275,7 @@ def read_results(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_results(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """Keep rows with what they were measured with."""
-    path.write_text(json.dumps({"settings": settings, "rows": results}, indent=1) + "\n")
+    path.write_text(json.dumps({"settings": settings, "rows": results}, indent=1) + "\n", encoding="utf-8")
 
 
 def named_files(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
@@ -320,7 +321,7 @@ def main(
                 results[measured.key] = result
                 results_file.parent.mkdir(parents=True, exist_ok=True)
                 write_results(results_file, settings, results)
-                out.with_name(f"{out.name}.md").write_text(table(list(results.values()), list(texts)))
+                out.with_name(f"{out.name}.md").write_text(table(list(results.values()), list(texts)), encoding="utf-8")
     print(table(list(results.values()), list(texts)))
 
 

@@ -12,8 +12,8 @@ from mgptq_export.compute import compute_dtype, pieces
 from mgptq_export.families.base import head_size
 from mgptq_export.models import SourceModel
 from mgptq_export.recipe import Recipe
+from mgptq_export.texts import text_sha256
 from mgptq_runtime.errors import BadInputError, CalibrationError, NumericalError
-from mgptq_runtime.package import file_sha256
 from mgptq_runtime.perplexity import read_text
 from mgptq_runtime.progress import Advance, track
 from mgptq_runtime.tokenizer import encode_text
@@ -41,8 +41,9 @@ def file_tokens(path: Path, source: SourceModel) -> list[int]:
     Raises:
         BadInputError: a file that cannot be read, or holds no text; a model without a tokenizer, or with another's.
     """
-    if path.is_dir():
-        raise BadInputError(f"{path} is a folder; {TEXT_FILES}")
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file, and has to be read more than once"
+        raise BadInputError(f"{path} is {kind}; {TEXT_FILES}")
     text = read_text(path)
     if "\0" in text:
         raise BadInputError(f"{path} holds zero bytes, so it is no text; {TEXT_FILES}")
@@ -104,9 +105,13 @@ def calibration_tokens(source: SourceModel, recipe: Recipe) -> torch.Tensor:
 
 
 def calibration_sha256(recipe: Recipe) -> str | None:
-    """SHA-256 of the text file that the recipe names; None where it names no file."""
+    """SHA-256 of the text file that the recipe names; None where it names no file.
+
+    Raises:
+        BadInputError: it cannot be read.
+    """
     path = Path(recipe.calibration)
-    return file_sha256(path) if path.is_file() else None
+    return text_sha256(path) if path.is_file() else None
 
 
 def recovery_tokens(source: SourceModel, recipe: Recipe, calibration: torch.Tensor) -> torch.Tensor:

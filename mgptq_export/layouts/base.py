@@ -50,6 +50,8 @@ class Calibration:
         text: what recovery trains on: ``tokens``, and all the rest of the text, int64 [samples, sequence].
         statistics: Hessians and sensitivities, in the model's (reordered) numbering.
         orders: for every input group the order of its columns, most important first: int64 [columns].
+        text_name: what the recipe names, as files say it.
+        text_sha256: of the text file, None where it is none.
     """
 
     tokens: torch.Tensor
@@ -57,6 +59,8 @@ class Calibration:
     text: torch.Tensor
     statistics: ModelStatistics
     orders: Mapping[str, torch.Tensor]
+    text_name: str
+    text_sha256: str | None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,6 @@
 
 from mgptq_export.report.card import CARD_FILE, model_card
 from mgptq_export.report.content import PackageContent
-from mgptq_export.report.page import REPORT_FILE, SWEEP_PAGE, report_page, sweep_page
+from mgptq_export.report.page import REPORT_FILE, report_page, sweep_page
 
-__all__ = ["CARD_FILE", "REPORT_FILE", "SWEEP_PAGE", "PackageContent", "model_card", "report_page", "sweep_page"]
+__all__ = ["CARD_FILE", "REPORT_FILE", "PackageContent", "model_card", "report_page", "sweep_page"]

@@ -25,9 +25,9 @@ from mgptq_export.report.facts import flattered, float16_bytes, mended, model_by
 from mgptq_export.targets import target_named
 from mgptq_runtime.quantized_model import QuantizedModel
 
-__all__ = ["REPORT_FILE", "SWEEP_PAGE", "report_page", "sweep_page"]
+__all__ = ["REPORT_FILE", "report_page", "sweep_page"]
 
-REPORT_FILE, SWEEP_PAGE = "report.html", "sweep.html"
+REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _script() -> str:
     """Vega-Lite and the page's own script, as one."""
     import vl_convert
 
-    own = files("mgptq_export.report").joinpath("page.js").read_text()
+    own = files("mgptq_export.report").joinpath("page.js").read_text(encoding="utf-8")
     return vl_convert.javascript_bundle(own).replace("</script", "<\\/script")
 
 

@@ -1,6 +1,7 @@
 """Texts to calibrate and evaluate with that are no texts."""
 
 import json
+import os
 import shutil
 from codecs import BOM_UTF8
 from dataclasses import replace
@@ -15,9 +16,11 @@ from small_runs import RECIPE
 
 from mgptq_export import pipeline
 from mgptq_export.calibration.text import calibration_tokens, file_tokens
+from mgptq_export.manifest import verify
 from mgptq_export.models import load_source
 from mgptq_export.targets import TARGETS
 from mgptq_runtime.errors import BadInputError
+from mgptq_runtime.package import file_sha256
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,45 @@ def test_bad_texts_are_refused(source: Any, tmp_path: Path, name: str, content: 
 def test_a_folder_is_no_text(source: Any, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"is a folder; give a \.txt file"):
         calibration_tokens(source, replace(RECIPE, calibration=str(tmp_path)))
+
+
+def test_a_pipe_is_no_text(source: Any, tmp_path: Path) -> None:
+    """As a shell gives it; what is read of it once is gone."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadInputError, match=r"is no regular file.*; give a \.txt file"):
+        calibration_tokens(source, replace(RECIPE, calibration=str(tmp_path / "pipe")))
+
+
+def test_texts_that_change_and_go_while_a_run_lasts_are_told_as_they_were_read(
+    even_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their names, too, which need not be UTF-8."""
+    calibration, held_out = (tmp_path / os.fsdecode(name) for name in (b"Stra\xdfe.txt", b"held\xdf.txt"))
+    for path in (calibration, held_out):
+        shutil.copyfile(text_file, path)
+    held_out.write_text(text_file.read_text()[5_000:])
+    expected, quantize = [file_sha256(path) for path in (calibration, held_out)], pipeline.quantize
+
+    def when_the_texts_are_gone(*arguments: Any) -> Any:
+        calibration.write_text("another text")
+        held_out.unlink(missing_ok=True)
+        return quantize(*arguments)
+
+    monkeypatch.setattr(pipeline, "quantize", when_the_texts_are_gone)
+    recipe = replace(RECIPE, calibration=str(calibration))
+    text = pipeline.EvaluationText(held_out, window=32, windows=1)
+    manifest = pipeline.run(str(even_model), tmp_path / "out", recipe, ["container"], text=text)
+    assert [manifest["calibration_sha256"], manifest["evaluation"]["text_sha256"]] == expected
+    assert (manifest["recipe"]["calibration"], manifest["evaluation"]["text"]) == ("Stra_e.txt", "held_.txt")
+    assert not verify(tmp_path / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_calibration_text_that_may_not_be_read_is_named(even_model: Path, text_file: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copyfile(text_file, tmp_path / "text.txt"))
+    path.chmod(0)
+    with pytest.raises(BadInputError, match=r"text\.txt cannot be read"):
+        pipeline.run(str(even_model), tmp_path / "out", replace(RECIPE, calibration=str(path)), ["container"])
 
 
 def test_a_tokenizer_without_tokens_for_a_text_is_refused(folder: Path, text_file: Path) -> None:

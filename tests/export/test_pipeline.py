@@ -228,7 +228,7 @@ def test_the_old_package_returns_when_the_new_one_cannot_take_its_place(copied, 
     rename = Path.rename
 
     def rename_unless_last(path: Path, target: Path) -> Path:
-        if ".partial-" in path.name:
+        if path.name == "new":
             raise error
         return rename(path, target)
 
@@ -236,6 +236,43 @@ def test_the_old_package_returns_when_the_new_one_cannot_take_its_place(copied, 
     with pytest.raises((MgptqError, KeyboardInterrupt)):
         pipeline.export(copied, ["onnx"])
     assert contents(copied) == before
+    assert list(copied.parent.iterdir()) == [copied]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "onnx/notes.txt", ".git/HEAD"])
+def test_what_others_put_into_a_package_is_never_deleted(even_model, copied, name):
+    (copied / name).parent.mkdir(exist_ok=True)
+    (copied / name).write_text("mine")
+    before = contents(copied)
+    with pytest.raises(OutputExistsError, match=f"{name} is not what this program wrote"):
+        pipeline.run(str(even_model), copied, QUICK, ["container"], overwrite=True)
+    assert contents(copied) == before
+    if name.startswith("onnx"):
+        with pytest.raises(OutputExistsError, match=f"{name} is not what this program wrote"):
+            pipeline.export(copied, ["onnx"])
+    pipeline.export(copied, ["container"])
+    assert (copied / name).read_text() == "mine"
+
+
+def test_two_commands_do_not_make_one_package(even_model, copied, monkeypatch):
+    """The second would replace what the first had made meanwhile."""
+    write, refused = pipeline.write_targets, []
+
+    def and_another(*arguments):
+        monkeypatch.setattr(pipeline, "write_targets", write)
+        for command in (
+            lambda: pipeline.export(copied, ["container"]),
+            lambda: pipeline.run(str(even_model), copied, QUICK, ["container"], overwrite=True),
+        ):
+            with pytest.raises(OutputExistsError, match="another process is at work on"):
+                command()
+            refused.append(command)
+        return write(*arguments)
+
+    monkeypatch.setattr(pipeline, "write_targets", and_another)
+    pipeline.export(copied, ["onnx"])
+    assert len(refused) == 2
+    assert not verify(copied)
     assert list(copied.parent.iterdir()) == [copied]
 
 

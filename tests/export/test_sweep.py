@@ -323,6 +323,10 @@ def test_a_sweep_is_replaced_only_when_asked(even_model, swept, text, tmp_path):
     recipe = replace(RECIPE, allocator="uniform")
     with pytest.raises(OutputExistsError, match="--overwrite"):
         sweep(str(even_model), out, recipe, [3.0], ["container"], text)
+    (out / "2.25/notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"notes\.txt is not what this program wrote"):
+        sweep(str(even_model), out, recipe, [3.0], ["container"], text, overwrite=True)
+    (out / "2.25/notes.txt").unlink()
     sweep(str(even_model), out, recipe, [3.0], ["container"], text, overwrite=True)
     assert {path.name for path in out.iterdir()} == {"3", "sweep.html", "sweep.json"}
     (out / "sweep.json").write_text("{}")

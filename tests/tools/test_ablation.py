@@ -6,24 +6,12 @@ from pathlib import Path
 
 import click
 import pytest
-from ablation import Bench, Row, read_results, rows, settings_of, table, write_results
-from tiny_models import text, write_llama
+from ablation import Bench, Row, perplexity_of, read_results, rows, settings_of, table, write_results
 
 from mgptq_export.planning import plan_model
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.backends.numpy_backend import NumpyBackend
 from mgptq_runtime.perplexity import measure_perplexity
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    folder = tmp_path_factory.mktemp("ablation")
-    write_llama(folder / "model", hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
-    (folder / "text.txt").write_text(text())
-    made = Bench(str(folder / "model"), str(folder / "text.txt"), {"text": Path(folder / "text.txt")}, 1)
-    made.recipe = replace(made.recipe, samples=4, sequence_length=64, trials=2, training_steps=2, recovery_steps=2)
-    made.windows = {"text": made.windows["text"][:, :128]}
-    return made
 
 
 def test_every_method_has_its_rows_and_seeds() -> None:
@@ -75,7 +63,7 @@ def test_perplexity_is_that_of_the_runtime(bench: Bench) -> None:
     model = round_to_nearest(bench.source, "b3", bench.recipe)
     window = bench.windows["text"]
     found = measure_perplexity(NumpyBackend(model), window[0].tolist(), window=128, windows=1)
-    assert bench.perplexity(window, "text") == pytest.approx(found.perplexity, rel=1e-4)
+    assert perplexity_of(bench.source.model, window, "text") == pytest.approx(found.perplexity, rel=1e-4)
 
 
 def test_the_table_gives_means_over_seeds_with_their_spread() -> None:
