@@ -279,7 +279,7 @@ def _own_files(folder: Path) -> set[Path]:
     own = set()
     if _has_keys(folder / MANIFEST_FILE, MANIFEST_KEYS):
         files: Any = parse_json_object((folder / MANIFEST_FILE).read_bytes())["files"]
-        listed = (file.get("path") for file in files if isinstance(file, dict))
+        listed = [file.get("path") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
         own |= {folder / MANIFEST_FILE, *(folder / path for path in listed if isinstance(path, str))}
     if _has_keys(folder / SWEEP_FILE, MARKS[SWEEP_FILE]):
         packages = (path for path in folder.iterdir() if path.is_dir())
