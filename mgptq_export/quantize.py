@@ -50,8 +50,6 @@ __all__ = [
 ]
 
 HELD_OUT_ONE_IN = 8
-# Of text that a trial goes through the layers with: as much as lets a linear of 600 columns make up for all its share.
-TRIAL_SEQUENCES = 48
 # Relative to the mean of a Hessian's diagonal: with less, weights follow what only the calibration text shows.
 DRIFT_DAMPING = 0.1
 # With fewer tokens for every column of a linear, less of the drift is made up for.
@@ -94,7 +92,8 @@ def quantize(
 
     Args:
         calibration: of this very model, where it has been calibrated before.
-        journal: what has been done of this before, and where to keep what is done.
+        journal: what has been done of this before, and where to keep what is done. Where nothing is kept, the best
+            trial is solved again.
 
     Raises:
         BudgetError: the bits cannot be reached.
@@ -115,10 +114,9 @@ def quantize(
         return solved_tables[0]
 
     def attempt(allocated: Allocated) -> Trial:
-        trial = journal.once(
-            f"trial-{next(numbers)}",
-            lambda: try_allocation(source, calibration, recipe, layout, allocated, tables(allocated))[0].to_record(),
-        )
+        name = f"trial-{next(numbers)}"
+        tried = partial(try_allocation, source, calibration, recipe, layout, allocated)
+        trial = journal.once(name, lambda: tried(tables(allocated), journal.within(name))[0].to_record())
         return Trial.from_record(trial)
 
     def allocate() -> Record:
@@ -129,7 +127,10 @@ def quantize(
     repairs: Repairs = {}
     with stage("solve"):
         made = tables(allocated)
-        model = solve(source, calibration, allocated, recipe, layout, journal=journal, repairs=repairs, tables=made)
+        text, part = calibration, journal
+        if recipe.drift_correction and (divergences := allocated.decision.divergences):
+            text, part = _unseen(calibration), journal.within(f"trial-{1 + divergences.index(min(divergences))}")
+        model = solve(source, text, allocated, recipe, layout, journal=part, repairs=repairs, tables=made)
         report(f"{model.bits_stored:.4f} stored bits per weight")
     return Quantization(model, allocated.bits, calibration.tokens, allocated.decision, repairs)
 
@@ -141,30 +142,37 @@ def try_allocation(
     layout: Layout,
     allocated: Allocated,
     tables: Tables | None = None,
+    journal: Journal = FORGETFUL,
 ) -> tuple[Trial, SourceModel]:
     """Quantize a copy of the model as told, and measure it on text that its calibration has not seen.
 
     Where drift is corrected, layers make up for much of what those before them lose, and other formats are worth their
-    bits than where they do not: a trial goes through the layers in turn then, as the solution will, on a part of the
-    text. Without, it is fitted to the original's activations, which are at hand, in a third of the time.
+    bits than where they do not: a trial goes through the layers in turn then, and is a solution that may be taken as it
+    is. Without, it is fitted to the original's activations, which are at hand, in a third of the time.
 
     Args:
         tables: embedding and head, where they have been solved before.
+        journal: input groups of this trial that have been quantized before, and where to keep those that are now.
 
     Returns:
         what was lost, and the copy.
     """
     working = source.copy()
-    # To go over codes again would lower what all allocations lose, and take as long as the trial.
-    plain = replace(recipe, descent_sweeps=0)
     if recipe.drift_correction:
-        unseen = calibration.tokens[len(calibration.held_out) :][: max(TRIAL_SEQUENCES, source.world.size)]
-        some = replace(calibration, tokens=unseen if len(unseen) else calibration.tokens)
-        solve(working, some, allocated, plain, layout, original=source, tables=tables)
+        text = _unseen(calibration)
+        solve(working, text, allocated, recipe, layout, original=source, journal=journal, tables=tables)
     else:
+        # To go over codes again would lower what all allocations lose, and take as long as the trial.
+        plain = replace(recipe, descent_sweeps=0)
         solve(working, calibration, allocated, plain, layout, propagate=False, tables=tables)
     attribution = attribute(source, working, calibration.held_out)
     return Trial(attribution.divergence, attribution.losses), working
+
+
+def _unseen(calibration: Calibration) -> Calibration:
+    """Without the text that trials are measured on, where there is other."""
+    rest = calibration.tokens[len(calibration.held_out) :]
+    return replace(calibration, tokens=rest) if len(rest) else calibration
 
 
 def check_budget(source: SourceModel, recipe: Recipe, layout: Layout) -> None:
@@ -312,9 +320,11 @@ def solve(
         tables = _solve_tables(source, calibration.statistics.head.hessian, allocated.tables, recipe, layout)
     embedding, head = tables
     _replace_tables(source, embedding, head)
-    flow = DriftFlow(source, original, calibration.tokens) if propagate else None
+    known = all(group.name in journal for group in source.groups())
+    flow = DriftFlow(source, original, calibration.tokens) if propagate and not known else None
 
-    def solved_in_turn(flow: DriftFlow, index: int, group: GroupModules) -> Record:
+    def solved_in_turn(flow: DriftFlow | None, index: int, group: GroupModules) -> Record:
+        assert flow, group.name
         measured = flow.measure(index, group)
         _correct_drift(group, measured, recipe.drift_correction, calibration.tokens.numel())
         return _solve_group(group, measured.hessian, allocated, recipe, layout, source.world)
@@ -332,6 +342,7 @@ def solve(
             modules = source.layer_groups(index)
             if flow:
                 flow.enter(index, measuring=any(group.name not in journal for group in modules))
+            if propagate:
                 taken = partial(solved_in_turn, flow, index)
                 records = (journal.once(group.name, partial(taken, group)) for group in modules)
             else:

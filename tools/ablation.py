@@ -26,6 +26,7 @@ import torch
 from mgptq_export.calibration import file_tokens
 from mgptq_export.evaluation import evaluation_windows
 from mgptq_export.history import History
+from mgptq_export.journal import Journal
 from mgptq_export.layouts import COLUMNS, Calibration
 from mgptq_export.models import SourceModel, load_source
 from mgptq_export.packaging import complete, write_targets
@@ -183,7 +184,8 @@ class Bench:
         """The model, and the stored bits per linear weight that it had room for."""
         if row.allocator == "rounding":
             return round_to_nearest(self.source, CODE_BITS[int(recipe.bits)], recipe), recipe.bits
-        quantized = quantize(self.source, recipe, COLUMNS, calibration)
+        with tempfile.TemporaryDirectory() as folder:
+            quantized = quantize(self.source, recipe, COLUMNS, calibration, Journal(Path(folder)))
         return quantized.model, quantized.bits
 
     def _package(self, row: Row, model: QuantizedModel, recipe: Recipe, calibration: Calibration) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from tiny_models import write_llama
 
 from mgptq_export.calibration import FIRST_TOKEN_WEIGHT, attribute, collect_statistics
 from mgptq_export.checkpoint import read_checkpoint, write_checkpoint
+from mgptq_export.journal import FORGETFUL, Journal
 from mgptq_export.layouts import COLUMNS, columns
+from mgptq_export.layouts.columns import ColumnLayout
 from mgptq_export.models import SourceModel, load_quantized_weights, load_shape, load_source
 from mgptq_export.quantize import calibrate, quantize, round_to_nearest
 from mgptq_runtime.errors import BadInputError, BudgetError, NumericalError, PackageError, UnsupportedModelError
@@ -56,6 +58,25 @@ def recounted_bits(model: QuantizedModel) -> float:
             stored += sum(8 * len(segment.data.tobytes()) for segment in linear.segments)
             weights += linear.rows * linear.columns
     return stored / weights
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_the_best_trial_is_the_solution(odd_model, tmp_path, monkeypatch, is_kept):
+    """Where its groups are kept, they are not solved again. Measured anew on the text that was held out."""
+    source, recipe = load_source(str(odd_model)), replace(RECIPE, samples=8, trials=3, bits=3.0)
+    calibration = calibrate(source, recipe)
+    original, solved, solve_group = source.copy(), [], ColumnLayout.solve_group
+
+    def counted(layout, group, *arguments):
+        solved.append(group.name)
+        return solve_group(layout, group, *arguments)
+
+    monkeypatch.setattr(ColumnLayout, "solve_group", counted)
+    result = quantize(source, recipe, COLUMNS, calibration, Journal(tmp_path) if is_kept else FORGETFUL)
+    divergences = result.decision.divergences
+    assert len(divergences) > 1
+    assert attribute(original, source, calibration.held_out).divergence == pytest.approx(min(divergences), rel=1e-6)
+    assert len(solved) == (len(divergences) + (not is_kept)) * len(list(source.groups()))
 
 
 def test_embedding_and_head_are_solved_once_however_many_trials_there_are(odd_model, monkeypatch):
