@@ -3,11 +3,10 @@
     python tools/compare_allocators.py --calibration c4-calibration.jsonl \
         --text WikiText-2=wikitext2-test.txt --text C4=c4-evaluation.jsonl -o allocators
 
-``gnn`` tries assignments and takes the one that lost least on text held out; the first of them is ``hessian``'s. Here
-every trial's model is scored on other texts, too. Trials are those of the recipe, solved layer after layer, but on less
-text, and nothing follows them: no sweeps and no recovery, which leave less of a difference (see ablation.py). So a seed
-takes minutes, not hours. Writes OUT.json after every seed and bits, and skips those that it holds already; OUT.md is
-the table.
+``gnn`` tries assignments and takes the solution that lost least on text held out; the first has ``hessian``'s
+assignment. Here every trial's model is scored on other texts, too. Trials are those of the recipe, on less text,
+without sweeps and without recovery, so that a seed takes minutes and not hours; for the recipe as a whole see
+ablation.py. Writes OUT.json after every seed and bits, and skips those that it holds already; OUT.md is the table.
 """
 
 import json
@@ -32,9 +31,8 @@ Trials = list[dict[str, Any]]
 
 def trials_of(bench: Bench, bits: float, seed: int, samples: int, trials: int) -> Trials:
     """Let the network make its trials, and score each."""
-    recipe = replace(
-        bench.recipe, bits=bits, seed=seed, samples=samples, own_samples=0, trials=trials, recovery_steps=0
-    )
+    less = {"samples": samples, "own_samples": 0, "descent_sweeps": 0, "recovery_steps": 0}
+    recipe = replace(bench.recipe, bits=bits, seed=seed, trials=trials, **less)
     calibration = bench.calibration(recipe)
     made: Trials = []
 

@@ -13,7 +13,8 @@ def test_the_first_trial_is_what_hessian_assigns(bench: Bench) -> None:
     trials = trials_of(bench, 2.6, seed=1, samples=8, trials=2)
     assert len(trials) == 2
     assert trials[0] != trials[1]
-    recipe = replace(bench.recipe, bits=2.6, seed=1, samples=8, own_samples=0, allocator="hessian", recovery_steps=0)
+    less = {"samples": 8, "own_samples": 0, "descent_sweeps": 0, "recovery_steps": 0}
+    recipe = replace(bench.recipe, bits=2.6, seed=1, allocator="hessian", **less)
     calibration = bench.calibration(recipe)
     allocated = COLUMNS.allocate(bench.source, calibration, recipe, lambda allocated: None)
     trial, _ = try_allocation(bench.source, calibration, recipe, COLUMNS, allocated)
