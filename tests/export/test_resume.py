@@ -420,11 +420,10 @@ def test_twenty_kills_and_twenty_resumes(model, text_file, tmp_path):
 def records(out: Path) -> list[tuple[str, int]]:
     """Names of all records of a run and when each was written."""
     found = []
-    for path in (out.parent / f"{out.name}.unfinished" / "journal").rglob("*.safetensors"):
-        try:
-            found.append((path.as_posix(), path.stat().st_mtime_ns))
-        except FileNotFoundError:
-            continue  # replaced or removed meanwhile
+    with suppress(FileNotFoundError):  # the run has ended, and its folders are gone
+        for path in (out.parent / f"{out.name}.unfinished" / "journal").rglob("*.safetensors"):
+            with suppress(FileNotFoundError):  # replaced or removed meanwhile
+                found.append((path.as_posix(), path.stat().st_mtime_ns))
     return found
 
 
