@@ -312,7 +312,8 @@ def solve(
         tables: embedding and head, where they have been solved before.
     """
     repairs = {} if repairs is None else repairs
-    if not (propagate and recipe.drift_correction):
+    follows = propagate and not all(group.name in journal for group in source.groups())
+    if not (follows and recipe.drift_correction):
         original = None
     elif original is None:
         original = source.copy()
@@ -320,8 +321,7 @@ def solve(
         tables = _solve_tables(source, calibration.statistics.head.hessian, allocated.tables, recipe, layout)
     embedding, head = tables
     _replace_tables(source, embedding, head)
-    known = all(group.name in journal for group in source.groups())
-    flow = DriftFlow(source, original, calibration.tokens) if propagate and not known else None
+    flow = DriftFlow(source, original, calibration.tokens) if follows else None
 
     def solved_in_turn(flow: DriftFlow | None, index: int, group: GroupModules) -> Record:
         assert flow, group.name
