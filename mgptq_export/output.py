@@ -23,7 +23,6 @@ __all__ = [
     "SWEEP_FILE",
     "SWEEP_PAGE",
     "UnfinishedRun",
-    "check_only_ours",
     "new_folder",
     "reason",
     "unfinished_run",
@@ -101,12 +100,7 @@ def unfinished_run(out: Path, *, overwrite: bool, resume: bool, one_task: bool =
     """
     out = _real_path(out)
     work = _work_of(out)
-    if (
-        resume
-        and not overwrite
-        and not work.exists()
-        and any(_has_keys(out / name, keys) for name, keys in MARKS.items())
-    ):
+    if resume and not overwrite and not work.exists() and any(_mark(out, name) for name in MARKS):
         raise OutputExistsError(
             f"{out} is complete, there is nothing to resume; for something else choose another folder"
         )
@@ -181,12 +175,13 @@ def _discard(work: Path, journal: Journal, overwrite: bool, out: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path, *, overwrite: bool, extends: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, *, overwrite: bool, parts: Collection[str] | None = None) -> Iterator[Path]:
     """A folder that becomes ``out`` when the block ends well, and vanishes when it does not.
 
     Args:
         overwrite: replace ``out`` in the end.
-        extends: whether all that ``out`` holds comes into the new folder, whoever put it there.
+        parts: files and folders in ``out`` that are replaced, all else comes into the new folder as it is; None for
+            all.
 
     Raises:
         OutputExistsError: ``out`` exists and may not be replaced, or another process is at work on it; an old one
@@ -194,7 +189,7 @@ def new_folder(out: Path, *, overwrite: bool, extends: bool = False) -> Iterator
         BadInputError: nothing can be written there.
     """
     out = _real_path(out)
-    _check_replaceable(out, overwrite, extends)
+    _check_replaceable(out, overwrite, parts)
     work = _work_of(out)
     with _claimed(work, out):
         partial, old = work / "new", work / "old"
@@ -202,7 +197,7 @@ def new_folder(out: Path, *, overwrite: bool, extends: bool = False) -> Iterator
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             yield partial
-            _publish(partial, out, overwrite, old, extends)
+            _publish(partial, out, overwrite, old, parts)
         except (OSError, SafetensorError) as error:
             raise BadInputError(f"writing {out} failed: {reason(error)}") from error
         finally:
@@ -219,10 +214,10 @@ def reason(error: Exception) -> str:
     return str(error)
 
 
-def _publish(folder: Path, out: Path, overwrite: bool, old: Path, extends: bool = False) -> None:
+def _publish(folder: Path, out: Path, overwrite: bool, old: Path, parts: Collection[str] | None = None) -> None:
     """Let a complete folder take its place; what it replaces becomes ``old``, which may be deleted."""
     if overwrite:
-        _check_replaceable(out, overwrite, extends)  # it may have appeared meanwhile
+        _check_replaceable(out, overwrite, parts)  # it may have appeared meanwhile
         _replace_folder(folder, out, old)
     else:
         folder.rename(out)  # fails where something has appeared in the meantime
@@ -236,7 +231,7 @@ def _real_path(out: Path) -> Path:
         raise BadInputError(f"{out} cannot be written: {error}") from error
 
 
-def _check_replaceable(out: Path, overwrite: bool, extends: bool = False) -> None:
+def _check_replaceable(out: Path, overwrite: bool, parts: Collection[str] | None = None) -> None:
     if not out.exists():
         return
     if not overwrite:
@@ -245,19 +240,11 @@ def _check_replaceable(out: Path, overwrite: bool, extends: bool = False) -> Non
         raise OutputExistsError(f"{out} is a mount point, which cannot be replaced; choose a folder inside it")
     if not _is_ours(out):
         raise OutputExistsError(f"{out} is not a folder that this program wrote; --overwrite will not replace it")
-    if not extends:
-        check_only_ours(out)
+    _check_only_ours(out, parts)
 
 
-def check_only_ours(folder: Path, parts: Collection[str] | None = None) -> None:
-    """Refuse to delete what others put into a folder of ours, hidden files included.
-
-    Args:
-        parts: first parts of paths in ``folder`` that are to be deleted; None for all.
-
-    Raises:
-        OutputExistsError: there is such a file.
-    """
+def _check_only_ours(folder: Path, parts: Collection[str] | None) -> None:
+    """Refuse to delete what others put into a folder of ours, or into these parts of it, hidden files included."""
     own = _own_files(folder)
     for path in sorted(folder.rglob("*")):
         deleted = parts is None or path.relative_to(folder).parts[0] in parts
@@ -271,27 +258,29 @@ def check_only_ours(folder: Path, parts: Collection[str] | None = None) -> None:
 def _is_ours(out: Path) -> bool:
     if not out.is_dir():
         return False
-    return any(_has_keys(out / name, keys) for name, keys in MARKS.items()) or not any(out.iterdir())
+    return any(_mark(out, name) for name in MARKS) or not any(out.iterdir())
 
 
 def _own_files(folder: Path) -> set[Path]:
     """What a package's manifest lists, or those of a sweep, and the files that say so."""
     own = set()
-    if _has_keys(folder / MANIFEST_FILE, MANIFEST_KEYS):
-        files: Any = parse_json_object((folder / MANIFEST_FILE).read_bytes())["files"]
+    if manifest := _mark(folder, MANIFEST_FILE):
+        files = manifest["files"]
         listed = [file.get("path") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
         own |= {folder / MANIFEST_FILE, *(folder / path for path in listed if isinstance(path, str))}
-    if _has_keys(folder / SWEEP_FILE, MARKS[SWEEP_FILE]):
+    if _mark(folder, SWEEP_FILE):
         packages = (path for path in folder.iterdir() if path.is_dir())
         own |= {folder / SWEEP_FILE, folder / SWEEP_PAGE}.union(*map(_own_files, packages))
     return own
 
 
-def _has_keys(path: Path, keys: set[str]) -> bool:
+def _mark(folder: Path, name: str) -> dict[str, Any]:
+    """What a file of :data:`MARKS` holds; empty where the folder has none of ours."""
     try:
-        return parse_json_object(path.read_bytes(), MAX_JSON_BYTES).keys() >= keys
+        values = parse_json_object((folder / name).read_bytes(), MAX_JSON_BYTES)
     except (OSError, ValueError):
-        return False
+        return {}
+    return values if values.keys() >= MARKS[name] else {}
 
 
 def _replace_folder(new: Path, out: Path, old: Path) -> None:

@@ -30,7 +30,7 @@ from mgptq_export.memory import IN_MEMORY, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.memory_needs import needs_of
 from mgptq_export.models import SourceModel, check_local, count_model_weights, load_quantized_weights, load_source
-from mgptq_export.output import UnfinishedRun, check_only_ours, new_folder, unfinished_run
+from mgptq_export.output import UnfinishedRun, new_folder, unfinished_run
 from mgptq_export.packaging import complete, runs_on_backends, versions, write_targets
 from mgptq_export.planning import bits_for_size
 from mgptq_export.quantize import calibrate, check_budget, quantize
@@ -328,11 +328,10 @@ def export(
     solved = read_solved(package, known)
     # What is taken over must be what was written: the new manifest would vouch for damage.
     replaced = {target_named(target).path for target in targets}
-    if out is None:
-        check_only_ours(package, replaced)
     verify_files(package, [file for file in known["files"] if top_folder(file) not in replaced])
     names = ["export"] + ["check"] * runs_on_backends([*known["targets"], *targets])
-    with new_folder(out or package, overwrite=overwrite or out is None, extends=out is None) as folder, stages(names):
+    parts = replaced if out is None else None
+    with new_folder(out or package, overwrite=overwrite or out is None, parts=parts) as folder, stages(names):
         shutil.copytree(package, folder, symlinks=True, dirs_exist_ok=True)
         for target in targets:
             _remove(folder / target_named(target).path)
