@@ -143,7 +143,7 @@ def try_allocation(
     allocated: Allocated,
     tables: Tables | None = None,
     journal: Journal = FORGETFUL,
-) -> tuple[Trial, SourceModel]:
+) -> tuple[Trial, SourceModel, QuantizedModel]:
     """Quantize a copy of the model as told, and measure it on text that its calibration has not seen.
 
     Where drift is corrected, layers make up for much of what those before them lose, and other formats are worth their
@@ -155,18 +155,18 @@ def try_allocation(
         journal: input groups of this trial that have been quantized before, and where to keep those that are now.
 
     Returns:
-        what was lost, and the copy.
+        what was lost, the copy, and what its weights were made from.
     """
     working = source.copy()
     if recipe.drift_correction:
         text = _unseen(calibration)
-        solve(working, text, allocated, recipe, layout, original=source, journal=journal, tables=tables)
+        model = solve(working, text, allocated, recipe, layout, original=source, journal=journal, tables=tables)
     else:
         # To go over codes again would lower what all allocations lose, and take as long as the trial.
         plain = replace(recipe, descent_sweeps=0)
-        solve(working, calibration, allocated, plain, layout, propagate=False, tables=tables)
+        model = solve(working, calibration, allocated, plain, layout, propagate=False, tables=tables)
     attribution = attribute(source, working, calibration.held_out)
-    return Trial(attribution.divergence, attribution.losses), working
+    return Trial(attribution.divergence, attribution.losses), working, model
 
 
 def _unseen(calibration: Calibration) -> Calibration:

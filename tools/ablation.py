@@ -299,6 +299,8 @@ def measured_over_seeds(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--windows", default=30, show_default=True),
         click.option("--seeds", default=3, show_default=True),
+        click.option("--only", type=int, multiple=True, help="Measure these seeds only, as to share the work."),
+        click.option("--bits", type=float, multiple=True, help="Measure these stored bits only."),
         click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Writes OUT.json and OUT.md."),
     )
     for option in reversed(options):
@@ -308,8 +310,6 @@ def measured_over_seeds(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command()
 @measured_over_seeds
-@click.option("--only", type=int, multiple=True, help="Measure these seeds only, as to share the work.")
-@click.option("--bits", type=float, multiple=True, help="Measure these stored bits only.")
 @click.option("--packages", type=click.Path(path_type=Path), help="A folder to keep recovered models in, exported.")
 def main(
     model: str | None,
