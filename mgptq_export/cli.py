@@ -28,6 +28,8 @@ from mgptq_runtime.signals import exit_at_once, exit_on_signals, ignore_signals
 
 __all__ = ["cli", "main"]
 
+logger = logging.getLogger(__name__)
+
 TARGET_NAMES = ("container", "onnx", "llama.cpp")
 # What processes that torchrun started can do together.
 SHARED_COMMANDS = ("run", "quantize")
@@ -52,14 +54,39 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: str | None
         raise click.BadParameter(str(error)) from error
 
 
-def _recipe(bits: float | None, size: int | None, fast: bool = False, **others: Any) -> Recipe:
+def _recipe(targets: list[str], bits: float | None, size: int | None, fast: bool = False, **others: Any) -> Recipe:
     if bits is not None and size is not None:
         raise click.UsageError("--bits and --size exclude each other: bits are what a size has room for; give one")
-    context = click.get_current_context()
+    if _is_given("recovery_steps") and _is_given("recovery_minutes"):
+        raise click.UsageError("--recovery-steps and --recover exclude each other: minutes stand for steps; give one")
     if fast:  # what was asked for by name stays
-        others |= {k: v for k, v in FAST.items() if context.get_parameter_source(k) is not ParameterSource.COMMANDLINE}
+        others |= {name: value for name, value in FAST.items() if not _is_given(name)}
     others["embedding_format"] = others["embedding_format"] or Recipe.default_embedding_format(size)
-    return Recipe(bits=Recipe.bits if bits is None else bits, size=size, **others)
+    recipe = Recipe(bits=Recipe.bits if bits is None else bits, size=size, **others)
+    _warn_of_options_without_effect(recipe, targets)
+    return recipe
+
+
+def _is_given(name: str) -> bool:
+    """Whether the user wrote this option of the command."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _warn_of_options_without_effect(recipe: Recipe, targets: list[str]) -> None:
+    reasons = {
+        "own_samples": recipe.calibration == "self" and "with --calibration self all --samples are the model's own",
+        "trials": recipe.allocator != "gnn" and f"the {recipe.allocator} allocator makes no trials",
+        "ggml_types": "llama.cpp" not in targets and "they are llama.cpp's, which is not among --targets",
+    }
+    for name, reason in reasons.items():
+        if reason and _is_given(name):
+            logger.warning("--%s has no effect: %s", name.replace("_", "-"), reason)
+
+
+def _finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} given; give a number such as {Recipe.bits}")
+    return value
 
 
 def _budgets(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
@@ -67,8 +94,8 @@ def _budgets(context: click.Context, parameter: click.Parameter, value: str) -> 
         budgets = [float(part) for part in value.split(",") if part.strip()]
     except ValueError as error:
         raise click.BadParameter(f"{error}; give numbers such as 2.25,2.5,3") from error
-    if not budgets:
-        raise click.BadParameter("nothing given; give numbers such as 2.25,2.5,3")
+    if not budgets or not all(map(math.isfinite, budgets)):
+        raise click.BadParameter(f"{value or 'nothing'} given; give numbers such as 2.25,2.5,3")
     return budgets
 
 
@@ -180,7 +207,10 @@ TEXT = _options(
 )
 BUDGET = _options(
     click.option(
-        "--bits", type=float, help=f"Stored bits per linear weight, all overheads counted. [default: {Recipe.bits}]"
+        "--bits",
+        type=float,
+        callback=_finite,
+        help=f"Stored bits per linear weight, all overheads counted. [default: {Recipe.bits}]",
     ),
     click.option(
         "--size",
@@ -286,7 +316,7 @@ def run(
     manifest = pipeline.run(
         model,
         out,
-        _recipe(**recipe),
+        _recipe(targets, **recipe),
         targets,
         text=pipeline.EvaluationText(text, window, windows) if text else None,
         **job,
@@ -321,7 +351,7 @@ def quantize(
     manifest = pipeline.run(
         model,
         out,
-        _recipe(**recipe),
+        _recipe(targets, **recipe),
         targets,
         export_targets=False,
         **job,
@@ -392,7 +422,7 @@ def sweep(
     swept = sweep_model(
         model,
         out,
-        _recipe(None, None, **recipe),
+        _recipe(targets, None, None, **recipe),
         budgets,
         targets,
         pipeline.EvaluationText(text, window, windows),
@@ -603,7 +633,7 @@ def plan(
     with exit_at_once():
         from mgptq_export.planning import check_reachable, plan_model
 
-    planned = plan_model(model, _recipe(**recipe), targets, trust_remote_code=trust_remote_code)
+    planned = plan_model(model, _recipe(targets, **recipe), targets, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(planned))
     else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,23 @@ def test_how_long_it_may_take_reaches_the_recipe(monkeypatch, options, wanted):
     monkeypatch.setattr(command, "_print_manifest", lambda *arguments: None)
     assert invoke("run", "model", "-o", "out", *options).exit_code == 0
     assert {key: getattr(asked[0], key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ([], []),
+        (["--own-samples", 8], ["own-samples"]),
+        (["--own-samples", 8, "--calibration", "text.txt"], []),
+        (["--trials", 3, "--allocator", "hessian"], ["trials"]),
+        (["--ggml-types", "q2_0"], ["ggml-types"]),
+        (["--ggml-types", "q2_0", "--targets", "onnx,llama.cpp"], []),
+    ],
+)
+def test_options_without_effect_are_told(monkeypatch, caplog, options, warned):
+    monkeypatch.setattr("mgptq_export.pipeline.run", lambda *given, **rest: {})
+    assert invoke("run", "model", "-o", "out", *options).exit_code == 0
+    assert re.findall(r"--(\S+) has no effect", caplog.text) == warned
 
 
 def test_recovery_for_minutes_records_its_steps(even_model, tmp_path):
@@ -195,6 +213,9 @@ def test_help_and_wrong_usage_import_no_torch():
         ["run", "model", "-o", "out", "--targets", "tpu"],
         ["run", "model", "-o", "out", "--targets", ","],
         ["run", "model", "-o", "out", "--bits", "few"],
+        ["plan", "model", "--bits", "nan"],
+        ["sweep", "model", "-o", "out", "--evaluate", "x.txt", "--bits", "2.5,inf"],
+        ["run", "model", "-o", "out", "--recover", "5", "--recovery-steps", "60"],
         ["run", "model", "-o", "out", "--samples", "0"],
         ["run", "model", "-o", "out", "--allocator", "best"],
         ["run", "model", "-o", "out", "--window", "1"],
@@ -222,7 +243,7 @@ def test_failures_exit_with_1_and_one_message(main, even_model, made, tmp_path):
     cases = {
         "is no model": ("run", tmp_path / "no/such/model", "-o", out),
         "cannot be reached": ("run", even_model, "-o", out, "--bits", 1, *QUICK),
-        "reach 1.25 to": ("quantize", even_model, "-o", out, "--bits", "nan", *QUICK),
+        "reach 1.25 to": ("quantize", even_model, "-o", out, "--bits", 0.5, *QUICK),
         "Give more text": ("run", even_model, "-o", out, "--calibration", short, *QUICK),
         "cannot be read": ("run", even_model, "-o", out, "--calibration", tmp_path / "missing.txt", *QUICK),
         "fewer than one window": ("run", even_model, "-o", out, "--evaluate", short, "--window", 256, *QUICK),

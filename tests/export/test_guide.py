@@ -35,7 +35,7 @@ GROUPS = {"mgptq-export": export_command.cli, "mgptq-run": run_command.cli}
 
 # K-quants need rows of 256, and a budget below 3 bits needs types that fit.
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
-QUANTIZING = "--samples 4 --own-samples 1 --sequence-length 64 --allocator hessian --recovery-steps 0"
+QUANTIZING = "--samples 4 --own-samples 1 --sequence-length 64 --allocator hessian"
 SCORING = "--window 32 --windows 2"
 # Appended to what the pages say, by command; of an option that is given twice the last one counts.
 SMALL = {
@@ -48,6 +48,8 @@ SMALL = {
     "perplexity": SCORING,
     "bench": "--prompt-tokens 4 --decode-tokens 2",
 }
+
+RECOVERING = ("run", "sweep", "quantize")
 
 
 def lines(text: str) -> list[list[str]]:
@@ -75,8 +77,8 @@ def type_in(words: Sequence[str], exit_code: int = 0) -> None:
     """Run a command of ours, which is to end with an exit code."""
     program, name, *rest = words
     small = shlex.split(SMALL.get(name, ""))
-    if "--recover" in rest:
-        small += ["--recover", "0.001"]
+    if name in RECOVERING:
+        small += ["--recover", "0.001"] if "--recover" in rest else ["--recovery-steps", "0"]
     result = CliRunner().invoke(GROUPS[program], [name, *rest, *small])
     said = f"{shlex.join(words)}\nexit code {result.exit_code}\n{result.output}\n{result.exception!r}"
     assert result.exit_code == exit_code, said
