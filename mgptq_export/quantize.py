@@ -1,10 +1,11 @@
 """Quantizing a model: calibrate, allocate, solve. Everything here works on a loaded model."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,6 @@ def quantize(
     check_budget(source, recipe, layout)
     if calibration is None:
         calibration = calibrate(source, recipe)
-    numbers = count(1)
     solved_tables: list[Tables] = []
 
     def tables(allocated: Allocated) -> Tables:
@@ -114,7 +114,7 @@ def quantize(
         return solved_tables[0]
 
     def attempt(allocated: Allocated) -> Trial:
-        name = f"trial-{next(numbers)}"
+        name = _trial_name(allocated)
         tried = partial(try_allocation, source, calibration, recipe, layout, allocated)
         trial = journal.once(name, lambda: tried(tables(allocated), journal.within(name))[0].to_record())
         return Trial.from_record(trial)
@@ -128,8 +128,8 @@ def quantize(
     with stage("solve"):
         made = tables(allocated)
         text, part = calibration, journal
-        if recipe.drift_correction and (divergences := allocated.decision.divergences):
-            text, part = _unseen(calibration), journal.within(f"trial-{1 + divergences.index(min(divergences))}")
+        if recipe.drift_correction and allocated.decision.divergences:
+            text, part = _unseen(calibration), journal.within(_trial_name(allocated))
         model = solve(source, text, allocated, recipe, layout, journal=part, repairs=repairs, tables=made)
         report(f"{model.bits_stored:.4f} stored bits per weight")
     return Quantization(model, allocated.bits, calibration.tokens, allocated.decision, repairs)
@@ -167,6 +167,12 @@ def try_allocation(
         model = solve(working, calibration, allocated, plain, layout, propagate=False, tables=tables)
     attribution = attribute(source, working, calibration.held_out)
     return Trial(attribution.divergence, attribution.losses), working, model
+
+
+def _trial_name(allocated: Allocated) -> str:
+    """By what is tried: a network that learns once more, after a run was stopped, may propose something else."""
+    formats = json.dumps(allocated.formats, sort_keys=True)
+    return f"trial-{hashlib.sha256(formats.encode()).hexdigest()[:16]}"
 
 
 def _unseen(calibration: Calibration) -> Calibration:

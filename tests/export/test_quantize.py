@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import RECIPE, Quantized
 from tiny_models import write_llama
 
+from mgptq_export.allocation import training
 from mgptq_export.calibration import FIRST_TOKEN_WEIGHT, attribute, collect_statistics
 from mgptq_export.checkpoint import read_checkpoint, write_checkpoint
 from mgptq_export.journal import FORGETFUL, Journal
@@ -77,6 +78,45 @@ def test_the_best_trial_is_the_solution(odd_model, tmp_path, monkeypatch, is_kep
     assert len(divergences) > 1
     assert attribute(original, source, calibration.held_out).divergence == pytest.approx(min(divergences), rel=1e-6)
     assert len(solved) == (len(divergences) + (not is_kept)) * len(list(source.groups()))
+
+
+def test_what_is_left_of_a_stopped_trial_serves_no_other_assignment(odd_model, tmp_path, monkeypatch):
+    """Once a run goes on, the network may propose something else. A run that nothing stopped is trusted."""
+    recipe = replace(RECIPE, samples=8, trials=2, bits=3.0)
+    source = load_source(str(odd_model))
+    calibration = calibrate(source, recipe)
+    original, groups = source.copy(), len(list(source.groups()))
+
+    def better_every_time(*arguments):
+        return replace(attribute(*arguments), divergence=next(falling))
+
+    monkeypatch.setattr("mgptq_export.quantize.attribute", better_every_time)
+    solve_group, proposed = ColumnLayout.solve_group, training._propose
+    solved = []
+
+    def stopped_in_the_second_trial(*arguments):
+        solved.append(arguments)
+        if len(solved) == groups + groups // 2:
+            raise KeyboardInterrupt
+        return solve_group(*arguments)
+
+    falling = iter([2.0, 1.0])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ColumnLayout, "solve_group", stopped_in_the_second_trial)
+        quantize(original.copy(), recipe, COLUMNS, calibration, Journal(tmp_path))
+
+    def proposed_otherwise(problem, sizes, costs, corrections, *rest):
+        return proposed(problem, sizes, costs, -corrections, *rest)
+
+    monkeypatch.setattr(training, "_propose", proposed_otherwise)
+    falling = iter([1.0])
+    resumed = quantize(original.copy(), recipe, COLUMNS, calibration, Journal(tmp_path))
+    falling = iter([2.0, 1.0])
+    whole = quantize(original.copy(), recipe, COLUMNS, calibration)
+    assert len([path for path in tmp_path.glob("trial-*") if path.is_dir()]) == 3
+    assert resumed.decision.formats == whole.decision.formats
+    for one, other in zip(resumed.model.linears(), whole.model.linears(), strict=True):
+        assert np.array_equal(one.dequantize(), other.dequantize()), one.name
 
 
 def test_embedding_and_head_are_solved_once_however_many_trials_there_are(odd_model, monkeypatch):

@@ -105,13 +105,13 @@ def test_a_run_that_is_stopped_after_every_record_ends_with_the_same_bytes(
         "hessians-1",
         "sensitivity",
         "tables",
-        "trial-1",
+        "trial",
         "allocation",
         "blk.1.ffn_down",
         "recovery",
         "model",
     }
-    assert kinds <= set(names)
+    assert kinds <= {"trial" if name.startswith("trial-") else name for name in names}
 
 
 def test_a_run_for_a_size_is_resumed_to_the_same_bytes(model, tmp_path, monkeypatch):
