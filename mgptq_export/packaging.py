@@ -25,7 +25,10 @@ __all__ = ["complete", "describe", "runs_on_backends", "versions", "write_target
 
 logger = logging.getLogger(__name__)
 
-VERSIONED = ("mgptq-export", "mgptq-runtime", "torch", "transformers", "numpy", "onnx", "onnxruntime", "gguf")
+VERSIONED = (
+    *("mgptq-export", "mgptq-runtime", "torch", "torch_geometric", "transformers", "numpy"),
+    *("onnx", "onnxruntime", "gguf"),
+)
 
 
 def write_targets(folder: Path, solved: Sequence[Solved], targets: Sequence[str]) -> None:
@@ -150,7 +153,12 @@ def _manifest(solved: Sequence[Solved], targets: Sequence[str]) -> dict[str, Any
 
 def _layout_json(solved: Solved) -> dict[str, Any]:
     repairs = solved.checkpoint.config["quantization_config"].get("repairs", {})
-    return {"folder": solved.layout.folder, "bits": _bits(solved), "repairs": repairs}
+    return {
+        "folder": solved.layout.folder,
+        "bits": _bits(solved),
+        "recovery_steps": solved.recipe["recovery_steps"],
+        "repairs": repairs,
+    }
 
 
 def _bits(solved: Solved) -> dict[str, Any]:

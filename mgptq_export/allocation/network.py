@@ -69,6 +69,7 @@ class AllocatorNetwork(nn.Module):
         tensors = scatter(units, graph.tensor_of_unit, dim=0, dim_size=graph.tensors, reduce="mean")
         tensors = torch.cat([tensors, known.float()[:, None]], dim=1)
         tensors = functional.silu(self.between_tensors(tensors, graph.tensor_edges))
-        of_units = torch.cat([units, tensors[graph.tensor_of_unit], log_costs], dim=1)
+        # By an index, several threads would sum gradients in an order that changes.
+        of_units = torch.cat([units, tensors.index_select(0, graph.tensor_of_unit), log_costs], dim=1)
         answer = LARGEST_CORRECTION * torch.tanh(self.allocator(of_units) / LARGEST_CORRECTION)
         return Correction(answer[:, :1], answer[:, 1:])

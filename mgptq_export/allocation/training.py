@@ -186,7 +186,7 @@ class _Predictor:
         seed: int,
     ) -> None:
         estimated = float(costs.gather(1, choice[:, None]).sum())
-        measured = float(sum(losses.mean() for losses in trial.losses.values()))
+        measured = float(sum(trial.losses[linear.name].mean() for linear in problem.linears))
         self.costs = costs * (max(measured, 1e-9) / max(estimated, 1e-300))
         self._log_costs = _normalized(self.costs, sizes, price_for(self.costs, sizes, problem.budget))
         self._problem, self._graph = problem, build_graphs(problem)
@@ -234,8 +234,15 @@ def _lesson(
 ) -> _Lesson:
     by_linear = torch.stack([trial.losses[linear.name] for linear in problem.linears])
     by_tensor = scatter(by_linear, problem.tensor_of_linear(), dim=0, dim_size=graph.tensors)
-    error = by_tensor.std(1, unbiased=False) / by_tensor.shape[1] ** 0.5
-    return _Lesson(choice, by_tensor.mean(1), error, _tensor_costs(costs, graph, choice).clamp_min(1e-300))
+    return _Lesson(
+        choice, by_tensor.mean(1), _standard_error(by_tensor), _tensor_costs(costs, graph, choice).clamp_min(1e-300)
+    )
+
+
+def _standard_error(samples: torch.Tensor) -> torch.Tensor:
+    """Of the mean of each row; one sample may be off by as much as it is."""
+    count = samples.shape[1]
+    return samples.std(1) / count**0.5 if count > 1 else samples.abs().squeeze(1)
 
 
 def _known_of_tensors(lessons: list[_Lesson]) -> torch.Tensor:

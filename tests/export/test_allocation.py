@@ -17,6 +17,7 @@ from mgptq_export.allocation import (
     allocate_by_hessian,
     allocate_uniformly,
     share_budget,
+    training,
 )
 from mgptq_export.allocation import linear as linear_module
 from mgptq_export.allocation.budget import cheapest_within, price_for
@@ -361,6 +362,12 @@ def test_a_measurement_that_is_no_more_than_noise_moves_no_bits(linears):
 
     allocate_by_gnn(model.problem, noisy, 2, 0, 0)
     assert len(model.tried) == 1
+
+
+def test_what_one_sequence_says_may_be_off_by_all_of_it():
+    samples = torch.tensor([[1.0, 3.0], [5.0, 5.0]], dtype=torch.float64)
+    assert training._standard_error(samples).tolist() == pytest.approx([1.0, 0.0])
+    assert training._standard_error(samples[:, :1]).tolist() == [1.0, 5.0]
 
 
 def test_a_proposal_that_loses_more_than_the_estimates_is_not_taken(linears):
