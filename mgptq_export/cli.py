@@ -73,9 +73,9 @@ def _is_given(name: str) -> bool:
 
 
 def _warn_of_options_without_effect(recipe: Recipe, targets: list[str]) -> None:
-    reasons = {
+    reasons: dict[str, Any] = {
         "own_samples": recipe.calibration == "self" and "with --calibration self all --samples are the model's own",
-        "trials": recipe.allocator != "gnn" and f"the {recipe.allocator} allocator makes no trials",
+        "trials": recipe.allocator != "gnn" and f"the {recipe.allocator} allocator makes none",
         "ggml_types": "llama.cpp" not in targets and "they are llama.cpp's, which is not among --targets",
     }
     for name, reason in reasons.items():
@@ -241,7 +241,11 @@ METHOD = _options(
     _count("--sequence-length", 2, "Tokens per calibration sequence."),
     click.option("--seed", type=int, default=Recipe.seed, show_default=True, help="Of everything random."),
     GGML_TYPES,
-    _count("--trials", 1, "Quantizations of the whole model that the gnn allocator learns from."),
+    _count(
+        "--trials",
+        1,
+        "Quantizations of the whole model that the gnn allocator compares, and learns from; with 1 it is hessian.",
+    ),
     click.option(
         "--drift-correction",
         type=click.FloatRange(0, 1),

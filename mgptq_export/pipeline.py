@@ -420,7 +420,8 @@ def _quantize_into(
         model = unpack_model(record.arrays, record.facts["model"])
         load_quantized_weights(working, model)
         history = History.from_json(record.facts["history"])
-        taken = replace(recipe, bits=record.facts["bits"], recovery_steps=len(history.recovery))
+        steps = len(history.recovery)
+        taken = replace(recipe, bits=record.facts["bits"], recovery_steps=steps, recovery_minutes=None)
         repairs = record.facts["repairs"]
         solved.append(save_solved(folder, layout, model, working, taken, calibration, repairs, history))
     return solved

@@ -49,7 +49,8 @@ class Recipe:
         less where the text is short.
     descent_sweeps: how often codes and scales are chosen again once all are known, in container and ONNX.
     seed: of everything random.
-    trials: quantizations of the whole model that the allocator network learns from.
+    trials: quantizations of the whole model that the ``gnn`` allocator compares, and its network learns from; one is
+        what ``hessian`` does.
     training_steps: of the network, after every trial but the last.
     recovery_steps: of training scales, norms and biases end to end on the calibration text, the codes being fixed.
     recovery_minutes: as long, instead of so many steps; what a package records is the steps that were taken.

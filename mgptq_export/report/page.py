@@ -170,7 +170,8 @@ def _layout_figures(manifest: Mapping[str, Any], content: PackageContent, where:
         yield Figure(
             f"trials-{name}",
             f"What the allocator tried{where}",
-            "KL divergence from the original of every trial, on calibration text held out; the best one was taken.",
+            "KL divergence from the original of every trial, on calibration text held out; of the best one the "
+            "assignment was taken, and where drift is corrected its matrices.",
             trials_chart(history.trials),
         )
     if history.recovery:

@@ -114,7 +114,7 @@ def test_options_without_effect_are_told(monkeypatch, caplog, options, warned):
 def test_recovery_for_minutes_records_its_steps(even_model, tmp_path):
     quick = ("--samples", 2, "--sequence-length", 32, "--allocator", "hessian", "--threads", 1)
     recipe = invoke_json("quantize", even_model, "-o", tmp_path / "out", *quick, "--recover", 0.001)["recipe"]
-    assert recipe["recovery_steps"] >= 1 and recipe["recovery_minutes"] == 0.001
+    assert recipe["recovery_steps"] >= 1 and recipe["recovery_minutes"] is None
 
 
 def test_quantize_then_export(even_model, tmp_path):

@@ -21,7 +21,9 @@ from mgptq_export import hub, pipeline
 from mgptq_export.history import History
 from mgptq_export.recipe import FAST, Recipe
 from mgptq_export.report import sweep_page
-from mgptq_export.report.card import recipe_options
+from mgptq_export.report.card import model_card, recipe_options
+from mgptq_export.report.content import PackageContent
+from mgptq_export.solved import read_solved
 from mgptq_runtime.errors import BadInputError, PackageError
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
@@ -277,6 +279,17 @@ def test_the_cards_command_gives_the_recipe_again(recipe, monkeypatch):
     typed = shlex.split(" ".join(recipe_options(recipe.to_json())))
     command.cli.main(["run", "model", "-o", "out", *typed], standalone_mode=False)
     assert seen == [recipe]
+
+
+def test_a_card_says_where_layouts_were_recovered_for_different_steps(full):
+    contents, manifest = [], json.loads((full.folder / "manifest.json").read_text())
+    (steps,) = {layout["recovery_steps"] for layout in manifest["layouts"].values()}
+    for one in read_solved(full.folder, manifest):
+        contents.append(PackageContent(one.layout, one.checkpoint, one.history))
+    assert "Recovery took" not in model_card(manifest, contents)
+    manifest["layouts"]["tensors"]["recovery_steps"] = steps + 2
+    told = f"\n\nRecovery took {steps} steps for the columns layout and {steps + 2} steps for the tensors layout: make"
+    assert told in model_card(manifest, contents)
 
 
 # Push
