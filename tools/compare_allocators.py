@@ -36,6 +36,9 @@ from mgptq_export.models import SourceModel
 from mgptq_export.quantize import try_allocation
 from mgptq_export.recovery import recover
 
+# What the recipe has and trials go without here.
+WITHOUT = {"own_samples": 0, "descent_sweeps": 0, "recovery_steps": 0}
+
 Trials = list[dict[str, Any]]
 """In the order that they were made: ``divergence`` on text held out, ``perplexity`` by text, and ``recovered``, the
 same after recovery, where there was one."""
@@ -43,8 +46,7 @@ same after recovery, where there was one."""
 
 def trials_of(bench: Bench, bits: float, seed: int, samples: int, trials: int, recovery_steps: int = 0) -> Trials:
     """Let the network make its trials, and score each, after so many steps of recovery again."""
-    less = {"samples": samples, "own_samples": 0, "descent_sweeps": 0, "recovery_steps": 0}
-    recipe = replace(bench.recipe, bits=bits, seed=seed, trials=trials, **less)
+    recipe = replace(bench.recipe, bits=bits, seed=seed, samples=samples, trials=trials, **WITHOUT)
     calibration = bench.calibration(recipe)
     made: Trials = []
 
@@ -111,7 +113,7 @@ def main(
 ) -> None:
     """Measure what the allocator network gains, and write one table."""
     model = model or str(smollm2_file())
-    settings = settings_of(model, calibration, texts, windows) | {"samples": samples, "trials": trials}
+    settings = settings_of(model, calibration, texts, windows) | WITHOUT | {"samples": samples, "trials": trials}
     results_file = out.with_name(f"{out.name}.json")
     results = read_results(results_file, settings)
     bench = Bench(model, calibration, texts, windows)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ablation import Bench
-from compare_allocators import table, trials_of
+from compare_allocators import WITHOUT, table, trials_of
 
 from mgptq_export.layouts import COLUMNS
 from mgptq_export.quantize import try_allocation
@@ -14,8 +14,7 @@ def test_the_first_trial_is_what_hessian_assigns(bench: Bench) -> None:
     assert len(trials) == 2
     assert all(trial["recovered"]["text"] != trial["perplexity"]["text"] for trial in trials)
     assert trials[0] != trials[1]
-    less = {"samples": 8, "own_samples": 0, "descent_sweeps": 0, "recovery_steps": 0}
-    recipe = replace(bench.recipe, bits=2.6, seed=1, allocator="hessian", **less)
+    recipe = replace(bench.recipe, bits=2.6, seed=1, samples=8, allocator="hessian", **WITHOUT)
     calibration = bench.calibration(recipe)
     allocated = COLUMNS.allocate(bench.source, calibration, recipe, lambda allocated: None)
     trial, _, _ = try_allocation(bench.source, calibration, recipe, COLUMNS, allocated)
