@@ -73,13 +73,12 @@ def _is_given(name: str) -> bool:
 
 
 def _warn_of_options_without_effect(recipe: Recipe, targets: list[str]) -> None:
-    reasons: dict[str, Any] = {
-        "own_samples": recipe.calibration == "self" and "with --calibration self all --samples are the model's own",
-        "trials": recipe.allocator != "gnn" and f"the {recipe.allocator} allocator makes none",
-        "ggml_types": "llama.cpp" not in targets and "they are llama.cpp's, which is not among --targets",
-    }
-    for name, reason in reasons.items():
-        if reason and _is_given(name):
+    for name, is_without_effect, reason in (
+        ("own_samples", recipe.calibration == "self", "with --calibration self all --samples are the model's own"),
+        ("trials", recipe.allocator != "gnn", f"the {recipe.allocator} allocator makes none"),
+        ("ggml_types", "llama.cpp" not in targets, "they are llama.cpp's, which is not among --targets"),
+    ):
+        if is_without_effect and _is_given(name):
             logger.warning("--%s has no effect: %s", name.replace("_", "-"), reason)
 
 

@@ -202,8 +202,11 @@ class Bench:
         return {"stored_bits": model.bits_stored, "bytes": size}
 
     def _result(self, row: Row, of_model: Mapping[str, Any]) -> dict[str, Any]:
-        perplexity = {name: perplexity_of(self.source.model, text, name) for name, text in self.windows.items()}
-        return {**asdict(row), "method": row.method, **of_model, "perplexity": perplexity}
+        return {**asdict(row), "method": row.method, **of_model, "perplexity": self.perplexities(self.source)}
+
+    def perplexities(self, source: SourceModel) -> dict[str, float]:
+        """What a model scores on every text, by the text's name."""
+        return {name: perplexity_of(source.model, text, name) for name, text in self.windows.items()}
 
 
 def perplexity_of(model: torch.nn.Module, windows: torch.Tensor, name: str) -> float:

@@ -22,7 +22,6 @@ from ablation import (
     STORED_BITS,
     Bench,
     measured_over_seeds,
-    perplexity_of,
     read_results,
     settings_of,
     spread,
@@ -32,7 +31,6 @@ from demo import smollm2_file
 
 from mgptq_export.allocation import Trial
 from mgptq_export.layouts import COLUMNS, Allocated
-from mgptq_export.models import SourceModel
 from mgptq_export.quantize import try_allocation
 from mgptq_export.recovery import recover
 
@@ -50,15 +48,12 @@ def trials_of(bench: Bench, bits: float, seed: int, samples: int, trials: int, r
     calibration = bench.calibration(recipe)
     made: Trials = []
 
-    def perplexities(source: SourceModel) -> dict[str, float]:
-        return {name: perplexity_of(source.model, text, name) for name, text in bench.windows.items()}
-
     def attempt(allocated: Allocated) -> Trial:
         trial, source, model = try_allocation(bench.source, calibration, recipe, COLUMNS, allocated)
-        made.append({"divergence": trial.divergence, "perplexity": perplexities(source)})
+        made.append({"divergence": trial.divergence, "perplexity": bench.perplexities(source)})
         if recovery_steps:
             recover(source, bench.source, model, calibration.text, steps=recovery_steps, seed=seed)
-            made[-1]["recovered"] = perplexities(source)
+            made[-1]["recovered"] = bench.perplexities(source)
         print(f"{bits} bits, seed {seed}: {json.dumps(made[-1])}", file=sys.stderr, flush=True)
         return trial
 
