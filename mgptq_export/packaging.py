@@ -156,7 +156,7 @@ def _layout_json(solved: Solved) -> dict[str, Any]:
     return {
         "folder": solved.layout.folder,
         "bits": _bits(solved),
-        "recovery_steps": solved.recipe["recovery_steps"],
+        "recovery_steps": solved.recipe.get("recovery_steps"),
         "repairs": repairs,
     }
 

@@ -34,7 +34,7 @@ class Solved:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What it was asked for, as JSON values."""
+        """What it was asked for, as JSON values; older checkpoints lack some."""
         return self.checkpoint.config["quantization_config"]["recipe"]  # type: ignore[no-any-return]
 
     @property
