@@ -224,6 +224,8 @@ def _load_within(
 ) -> SourceModel:
     """A model, in files where that many weights do not fit into memory several times."""
     on_cpu = device.split(":")[0] == "cpu"
+    if max_memory is not None and not on_cpu:
+        logger.warning("--max-memory has no effect with --device %s: models lie in the device's own memory", device)
     memory = memory_for(weights, files, max_memory, launched().local_size) if on_cpu else IN_MEMORY
     return load_source(model, device=device, trust_remote_code=trust_remote_code, memory=memory)
 

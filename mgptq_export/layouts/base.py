@@ -221,8 +221,8 @@ def check_delivered(delivered: float, recipe: Recipe, unit: str) -> None:
     """
     if recipe.size is None and delivered <= recipe.bits - BITS_WINDOW:
         raise BudgetError(
-            f"{recipe.bits} stored bits per weight cannot be met closely: {unit} of this model are so coarse that "
-            f"{delivered:.4f} is the most that fits; ask for that"
+            f"{recipe.bits} stored bits per weight cannot be met closely: {unit} of this model are so coarse that the "
+            f"{recipe.allocator} allocator comes to {delivered:.4f}; ask for that, or try another --allocator"
         )
 
 

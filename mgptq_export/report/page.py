@@ -170,8 +170,9 @@ def _layout_figures(manifest: Mapping[str, Any], content: PackageContent, where:
         yield Figure(
             f"trials-{name}",
             f"What the allocator tried{where}",
-            "KL divergence from the original of every trial, on calibration text held out; of the best one the "
-            "assignment was taken, and where drift is corrected its matrices.",
+            "KL divergence from the original of every trial, on the eighth of the calibration text that was held out, "
+            "or on all of it where there are fewer than eight sequences; of the best one the assignment was taken, and "
+            "where drift is corrected its matrices.",
             trials_chart(history.trials),
         )
     if history.recovery:
