@@ -10,7 +10,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 def page(name: str) -> str:
     """The text of a page, by its path from the root of the project."""
-    return (ROOT / name).read_text()
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def blocks(text: str, language: str = "") -> list[str]:

@@ -46,7 +46,7 @@ class Terminal:
     def close(self) -> None:
         """Read to the end."""
         os.close(self.descriptor)
-        self._reader.join(timeout=60)
+        self._reader.join(timeout=300)
         os.close(self._master)
 
 

@@ -3,31 +3,17 @@
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_models
-import torch
+from reproducible import _exact_products, _one_thread  # noqa: F401
 from small_runs import EVEN, RECIPE, Package, Quantized
 
 from mgptq_export import cli as command
 from mgptq_export import pipeline
 from mgptq_export.models import load_source
 from mgptq_export.quantize import quantize
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _exact_products() -> Iterator[None]:
-    """What machines with bfloat16 compute differs from others in the third digit."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mgptq_export.compute._multiplies_bfloat16", lambda device: False)
-        yield
 
 
 @pytest.fixture(scope="session")

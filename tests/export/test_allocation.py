@@ -22,13 +22,14 @@ from mgptq_export.allocation import (
 from mgptq_export.allocation import linear as linear_module
 from mgptq_export.allocation.budget import cheapest_within, price_for
 from mgptq_export.allocation.column_graph import FEATURES, build_graphs
-from mgptq_export.allocation.linear import InputColumns, strongest_edges
+from mgptq_export.allocation.linear import InputColumns, beyond_quadratic, strongest_edges
 from mgptq_export.allocation.network import AllocatorNetwork
 from mgptq_export.solver import factorize
 from mgptq_runtime.errors import BudgetError, NumericalError
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS
 
 ALL_FORMATS = tuple(FORMATS)
+SHIPPED_LARGE_ERROR_FACTOR = linear_module.LARGE_ERROR_FACTOR
 
 
 def random_linear(name: str, layer: int, rows: int, columns: int, seed: int, strength: float = 1.0) -> LinearProblem:
@@ -106,7 +107,7 @@ def bits_of(allocation: dict[str, tuple[str, ...]], linears: list[LinearProblem]
 @pytest.fixture(autouse=True)
 def _quick_and_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Constants of the method that are tuned on real models have neutral values here."""
-    monkeypatch.setattr(linear_module, "LARGE_ERROR_FACTOR", 0.0, raising=False)
+    monkeypatch.setattr(linear_module, "LARGE_ERROR_FACTOR", 0.0)
 
 
 # Embedding and head under the same budget
@@ -159,6 +160,13 @@ def test_a_table_costs_what_a_linear_of_its_kind_costs(monkeypatch):
     matrix = random_linear("token_embd", 0, 40, 150, 1)
     costs = TableProblem("token_embd", (matrix,)).costs(ALL_FORMATS)
     assert torch.equal(costs, BlockProblem([matrix], ALL_FORMATS, 0).costs())
+
+
+def test_an_error_counts_for_more_the_larger_it_is_beside_what_it_is_an_error_of(monkeypatch):
+    """Of a tenth and two fifths of the energy, with the factor that docs/method.md has."""
+    monkeypatch.setattr(linear_module, "LARGE_ERROR_FACTOR", SHIPPED_LARGE_ERROR_FACTOR)
+    corrected = beyond_quadratic(torch.tensor([[1.0, 4.0]]), torch.tensor([10.0]))
+    assert torch.allclose(corrected, torch.tensor([[1.5, 12.0]]))
 
 
 def test_columns_that_matter_nothing_may_lose_everything():

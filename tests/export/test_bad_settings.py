@@ -19,10 +19,13 @@ from bad_files import (
     replace_text,
     write,
 )
+from small_runs import Package
 
 from mgptq_export.models import load_shape, load_source
 from mgptq_export.models.folder import check_folder
 from mgptq_runtime.errors import BadInputError, UnsupportedModelError
+
+Main = Callable[..., tuple[int, str, str]]
 
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 SETTINGS_CASES: dict[str, Case] = {
@@ -181,6 +184,24 @@ def test_code_is_run_only_when_it_is_trusted(load: Callable[..., Any], with_code
     assert not list(tmp_path.rglob("ran"))
     assert load(str(with_code), trust_remote_code=True).model.brought
     assert list(tmp_path.rglob("ran"))
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("command", ["plan", "quantize", "run", "sweep", "eval"])
+def test_commands_run_code_only_where_they_are_told_to(
+    command: str, trusted: bool, with_code: Path, package: Package, text_file: Path, tmp_path: Path, main: Main
+) -> None:
+    quick = ("--samples", 2, "--sequence-length", 32, "--allocator", "uniform", "--recovery-steps", 0, "--bits", 3)
+    scored = ("--window", 32, "--windows", 1)
+    arguments = {
+        "plan": (with_code,),
+        "quantize": (with_code, "-o", tmp_path / "out", *quick),
+        "run": (with_code, "-o", tmp_path / "out", *quick),
+        "sweep": (with_code, "-o", tmp_path / "out", *quick, "--evaluate", text_file, *scored),
+        "eval": (package.folder, "--model", with_code, "--text", text_file, *scored),
+    }[command]
+    main(command, *arguments, *(["--trust-remote-code"] if trusted else []))
+    assert bool(list(tmp_path.rglob("ran"))) is trusted
 
 
 @pytest.mark.parametrize("trusted", [False, True])

@@ -10,6 +10,7 @@ import torch
 from small_runs import RECIPE
 from transformers import DynamicCache
 
+from mgptq_export import pipeline
 from mgptq_export.calibration import (
     FIRST_TOKEN_WEIGHT,
     HessianAccumulator,
@@ -188,6 +189,23 @@ def test_what_the_model_writes_goes_with_a_text_to_calibration_and_recovery(sour
     assert [tuple(sample.tolist()) in own for sample in tokens] != [False] * 5 + [True] * 3
     recovery = [tuple(sample.tolist()) for sample in recovery_tokens(source, recipe, tokens)]
     assert len(recovery) == len(chunks) + 3 and set(recovery) == chunks | own
+
+
+def test_a_run_recovers_on_all_of_the_text(even_model, text_file, tmp_path, monkeypatch):
+    class ReachedError(Exception):
+        pass
+
+    def recover(working, source, model, tokens, **options):
+        raise ReachedError(tokens)
+
+    monkeypatch.setattr(pipeline, "recover", recover)
+    recipe = replace(RECIPE, calibration=str(text_file), own_samples=3, recovery_steps=1, allocator="uniform")
+    with pytest.raises(ReachedError) as reached:
+        pipeline.run(str(even_model), tmp_path / "out", recipe, ["container"])
+    whole = file_tokens(text_file, load_source(str(even_model)))
+    chunks = {tuple(whole[i : i + 64]) for i in range(0, len(whole) - 63, 64)}
+    trained = {tuple(sample.tolist()) for sample in reached.value.args[0]}
+    assert len(chunks) > recipe.samples and chunks <= trained and len(trained - chunks) == 3
 
 
 def test_what_is_sampled_at_once_is_bounded(source, monkeypatch):

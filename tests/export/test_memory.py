@@ -16,7 +16,7 @@ from mgptq_export.compute import batches
 from mgptq_export.memory import IN_MEMORY, Memory, memory_for
 from mgptq_export.memory_errors import typed_memory_errors
 from mgptq_export.memory_needs import LIBRARIES, Needs, needs_of
-from mgptq_export.models import load_source
+from mgptq_export.models import count_model_weights, load_source
 from mgptq_export.recipe import Recipe
 from mgptq_runtime.errors import BadInputError, OutOfMemoryError, UnsupportedModelError
 
@@ -134,6 +134,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_in_files_gives_the_same_bytes(even_model, tmp_path):
+    assert memory_for(count_model_weights(str(even_model)), tmp_path, ROOMY).is_paged
     for name, most in (("in-memory", None), ("in-files", ROOMY)):
         pipeline.run(str(even_model), tmp_path / name, RECIPE, ["container", "llama.cpp"], max_memory=most)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in-files", "in-memory"]

@@ -280,9 +280,10 @@ def test_renumbering_neurons_and_channels_does_not_change_the_model(request, mod
     assert (logits_of(source) - logits).abs().max() <= 1e-5
 
 
-def test_calibration_describes_the_renumbered_model(odd_model):
+@pytest.mark.parametrize("samples, held_out", [(4, 0), (16, 2)])
+def test_calibration_describes_the_renumbered_model_on_the_text_that_is_not_held_out(odd_model, samples, held_out):
     source = load_source(str(odd_model))
-    calibration = calibrate(source, RECIPE)
+    calibration = calibrate(source, replace(RECIPE, samples=samples))
     layer, inputs = source.layers[1], {}
     modules = {
         "blk.1.attn_qkv": layer.self_attn.k_proj,
@@ -293,7 +294,8 @@ def test_calibration_describes_the_renumbered_model(odd_model):
     for name, module in modules.items():
         module.register_forward_pre_hook(lambda module, x, name=name: inputs.update({name: x[0]}))
     with torch.no_grad():
-        source.model(calibration.tokens)
+        source.model(calibration.tokens[held_out:])
+    assert torch.equal(calibration.held_out, calibration.tokens[: held_out or samples])
     for name, read in inputs.items():
         x = torch.cat([read[:, :1]] * FIRST_TOKEN_WEIGHT + [read[:, 1:]], 1).flatten(0, 1)
         hessian = 2 / len(x) * x.t() @ x

@@ -1,8 +1,10 @@
 """Recovery: codes stay, scales, norms and biases bring the original's predictions back."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -375,6 +377,15 @@ def test_minutes_become_steps_that_give_the_same_model_again(cases: Callable[[st
     for one, other in zip(timed.model.linears(), again.model.linears(), strict=True):
         np.testing.assert_array_equal(one.dequantize(), other.dequantize())
     assert recover(case.source.copy(), case.original(), case.model, case.tokens, minutes=1e-9, **options).steps == 1  # type: ignore[arg-type]
+
+
+def test_minutes_become_as_many_steps_as_they_have_room_for(
+    cases: Callable[[str, str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a step takes two seconds."""
+    monkeypatch.setattr(training, "time", Mock(monotonic=itertools.count(0, 2).__next__))
+    case = cases("llama", "columns")
+    assert recover(case.source.copy(), case.original(), case.model, case.tokens, minutes=1, dtype=SINGLE).steps == 30
 
 
 def test_bfloat16_recovers_as_well(cases: Callable[[str, str], Case]) -> None:

@@ -295,15 +295,17 @@ def test_a_card_says_where_layouts_were_recovered_for_different_steps(full):
 # Push
 
 
-def test_push_uploads_the_folder_to_a_repository_that_it_creates(package, monkeypatch, main):
-    calls = []
+def test_push_uploads_what_the_manifest_lists_to_a_repository_that_it_creates(package, tmp_path, monkeypatch, main):
+    calls, folder = [], Path(shutil.copytree(package.folder, tmp_path / "copied"))
+    (folder / ".env").write_text("TOKEN=secret")
     monkeypatch.setattr(hub.HfApi, "hf_hub_download", nothing_there)
     monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)))
     monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, **options: calls.append(options) or "the address")
-    code, out, _ = main("push", package.folder, "me/model", "--private", "--json")
+    code, out, _ = main("push", folder, "me/model", "--private", "--json")
     assert code == 0 and json.loads(out) == {"url": "the address"}
     assert calls[0] == ("me/model", {"private": True, "exist_ok": True})
-    assert calls[1]["repo_id"] == "me/model" and calls[1]["folder_path"] == package.folder
+    assert calls[1]["repo_id"] == "me/model" and calls[1]["folder_path"] == folder
+    assert set(calls[1]["allow_patterns"]) == {"manifest.json", *(file["path"] for file in package.manifest["files"])}
     assert calls[1]["delete_patterns"] == []
 
 

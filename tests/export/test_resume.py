@@ -1,15 +1,19 @@
 """A run that was stopped goes on, and ends with the same bytes. The run that nothing stopped is trusted."""
 
+import itertools
+import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -21,6 +25,7 @@ from tiny_models import text, write_llama
 
 from mgptq_export import pipeline
 from mgptq_export.calibration import text as calibration_text
+from mgptq_export.cli import main
 from mgptq_export.journal import Journal, Record
 from mgptq_export.manifest import read_manifest, verify
 from mgptq_export.output import unfinished_run
@@ -64,54 +69,53 @@ class Killed(BaseException):
     """Nothing that the code could expect."""
 
 
-def stop_after(count: int, patched: pytest.MonkeyPatch) -> list[str]:
-    """Let the process die once so many records are kept; the names of these."""
-    kept: list[str] = []
+def stop_where(strikes: Callable[[Journal, str], bool], patched: pytest.MonkeyPatch) -> None:
+    """Let the process die once a record is kept that this says."""
     put = Journal.put
 
     def put_some(self: Journal, name: str, record: Record) -> None:
         put(self, name, record)
-        if name in self:
-            kept.append(name)
-            if len(kept) == count:
-                raise Killed
+        if name in self and strikes(self, name):
+            raise Killed
 
     patched.setattr(Journal, "put", put_some)
-    return kept
+
+
+def stop_after(count: int, patched: pytest.MonkeyPatch) -> None:
+    """Let the process die once so many records are kept."""
+    kept = itertools.count(1)
+    stop_where(lambda journal, name: next(kept) == count, patched)
+
+
+def kind_of(journal: Journal, name: str) -> str:
+    """What a record is, wherever in the model, and the part of the job that it belongs to: ``columns/trial/group``."""
+    kind = (journal._path("").parent / name).as_posix().partition("/journal/")[2]
+    for pattern, what in ((r"trial-\w+", "trial"), (r"blk\..*", "group"), (r"\d+", "#")):
+        kind = re.sub(pattern, what, kind)
+    return kind
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_after_every_record_ends_with_the_same_bytes(
+def test_a_run_that_is_stopped_at_every_kind_of_record_ends_with_the_same_bytes(
     model, text_file, uninterrupted, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(training, "KEPT_EVERY", 1)
-    recipe = replace(LONG, calibration=str(text_file))
-    starts, names = 0, []
+    recipe, known = replace(LONG, calibration=str(text_file)), set()
+
+    def is_new(journal: Journal, name: str) -> bool:
+        before = len(known)
+        known.add(kind_of(journal, name))
+        return len(known) > before
+
     while not (tmp_path / "out").exists():
-        starts += 1
-        with monkeypatch.context() as patched:
-            kept = stop_after(2 if starts == 1 else 1, patched)  # the first record is what the run is
-            try:
-                pipeline.run(str(model), tmp_path / "out", recipe, TARGETS_OF_BOTH_LAYOUTS, resume=True)
-            except Killed:
-                names.append(kept[-1])
+        with monkeypatch.context() as patched, suppress(Killed):
+            stop_where(is_new, patched)
+            pipeline.run(str(model), tmp_path / "out", recipe, TARGETS_OF_BOTH_LAYOUTS, resume=True)
     assert contents(tmp_path / "out") == contents(uninterrupted)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
-    layers = 2
-    of_a_layout = 1 + 3 + 1 + 4 * layers + 4 + 1  # tables, trials, allocation, input groups, recovery, the model
-    assert len(names) >= 2 + 2 * (of_a_layout - 2)  # trials end early where a proposal comes again
-    kinds = {
-        "text",
-        "hessians-1",
-        "sensitivity",
-        "tables",
-        "trial",
-        "allocation",
-        "blk.1.ffn_down",
-        "recovery",
-        "model",
-    }
-    assert kinds <= {"trial" if name.startswith("trial-") else name for name in names}
+    of_a_layout = ("tables", "trial/group", "trial", "allocation", "recovery", "model")
+    assert {"text", "statistics/hessians-#", "statistics/sensitivity"} <= known
+    assert {f"{layout}/{kind}" for layout in ("columns", "tensors") for kind in of_a_layout} <= known
 
 
 def test_a_run_for_a_size_is_resumed_to_the_same_bytes(model, tmp_path, monkeypatch):
@@ -305,26 +309,28 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     assert journal.get("x") == Record({}, "old")
 
 
-def start(model: Path, text_file: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def long_run(model: Path, text_file: Path, out: Path, *options: str) -> list[str]:
+    """What is typed behind the command."""
     recipe = ["--samples", "4", "--own-samples", "1", "--sequence-length", "64", "--trials", "3"]
-    recipe += ["--recovery-steps", "40", "--threads", "1"]
-    command = [sys.executable, "-m", "mgptq_export", "run", str(model), "-o", str(out), *recipe, *options]
-    command += ["--calibration", str(text_file), "--targets", "container,llama.cpp"]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    recipe += ["--recovery-steps", "40", "--threads", "1", "--targets", "container,llama.cpp"]
+    return ["run", str(model), "-o", str(out), *recipe, "--calibration", str(text_file), *options]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_an_interrupted_run_says_how_to_go_on(model, text_file, tmp_path, number, code):
-    with start(model, text_file, tmp_path / "out") as running:
+def test_an_interrupted_run_says_how_to_go_on(model, text_file, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-m", "mgptq_export", *long_run(model, text_file, tmp_path / "out")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as running:
         while running.poll() is None and not records(tmp_path / "out"):
             time.sleep(0.01)
-        running.send_signal(number)
-        _, err = running.communicate(timeout=60)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=300)
     # Python may end by the signal itself, which a shell reports as the same code.
-    assert code in (running.returncode, 128 - running.returncode), err
+    assert running.returncode in (130, -signal.SIGINT), err
     assert "the same command with --resume goes on" in err and "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
     assert not (tmp_path / "out.unfinished/package").exists()
@@ -369,11 +375,11 @@ def test_a_full_disk_leaves_the_old_package_and_costs_nothing_that_was_finished(
     old = replace(RECIPE, allocator="uniform", calibration=str(text_file))
     pipeline.run(str(model), out, old, ["container"])
     before, recipe = contents(out), replace(LONG, calibration=str(text_file))
-    filled, failures = small_disk.used, 0
+    filled, failures, both = small_disk.used, 0, TARGETS_OF_BOTH_LAYOUTS
     for room in range(100_000, 8_000_000, 300_000):
         small_disk.change(f"size={filled + room}")
         try:
-            pipeline.run(str(model), out, recipe, TARGETS_OF_BOTH_LAYOUTS, overwrite=True, resume=True)
+            pipeline.run(str(model), out, recipe, both, overwrite=True, resume=True, max_memory=1 << 40)
             break
         except BadInputError as error:
             failures += 1
@@ -393,26 +399,46 @@ def test_a_folder_that_cannot_be_written_is_named(model, text_file, small_disk):
         pipeline.run(str(model), small_disk.folder / "out", recipe, ["container"])
 
 
+def run_command(arguments: list[str]) -> None:
+    """What a process of its own does, forked from one that has the modules already."""
+    sys.argv = ["mgptq-export", *arguments]
+    main()
+
+
 @pytest.mark.slow
-def test_twenty_kills_and_twenty_resumes(model, text_file, tmp_path):
+def test_twenty_kills_and_twenty_resumes(model, text_file, tmp_path, monkeypatch):
     """Each kill strikes a random time after the first record that is new since the last one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["mgptq_export.pipeline"])
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    with start(model, text_file, whole) as running:
-        assert running.wait(timeout=600) == 0, running.stderr.read()
+
+    def start(out: Path, *options: str) -> BaseProcess:
+        running = forking.Process(target=run_command, args=(long_run(model, text_file, out, *options),))
+        running.start()
+        return running
+
+    def complete(running: BaseProcess) -> None:
+        running.join(timeout=600)
+        assert running.exitcode == 0
+
+    def going_on() -> BaseProcess:
+        return start(out, "--resume", *(["--overwrite"] if out.exists() else []))
+
+    complete(start(whole))
     moments, kills = random.Random(0), 0
     while kills < 20:
-        before = set(records(out))
-        with start(model, text_file, out, "--resume", *(["--overwrite"] if out.exists() else [])) as running:
-            while running.poll() is None and set(records(out)) <= before:
-                time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.7))
-            running.send_signal(signal.SIGKILL)
-            running.wait(timeout=60)
+        before, running = set(records(out)), going_on()
+        while running.is_alive() and set(records(out)) <= before:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.7))
+        running.kill()
+        running.join(timeout=300)
+        assert running.exitcode in (0, -signal.SIGKILL)
         kills += 1
         if out.exists():  # it was quicker than the signal
             assert contents(out) == contents(whole)
-    with start(model, text_file, out, "--resume", *(["--overwrite"] if out.exists() else [])) as running:
-        assert running.wait(timeout=600) == 0, running.stderr.read()
+    complete(going_on())
     assert contents(out) == contents(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llama_oracle import llama_config, oracle_logits
+from reproducible import _exact_products, _one_thread  # noqa: F401
 from synthetic import random_llama
 
 from mgptq_export.checkpoint import Checkpoint, write_checkpoint

@@ -223,11 +223,11 @@ def dequantized_source(package: Path, smollm2: Path) -> SourceModel:
 def agreement(source: SourceModel, file: Path, text: Path, windows: int) -> Agreement:
     """llama.cpp against torch, which is trusted, on windows of 256 tokens of running text."""
     tokens = torch.tensor(file_tokens(text, source)[: 256 * windows]).view(windows, 256)
-    agreeing, divergence = 0, 0.0
+    agreeing, divergence, threads = 0, 0.0, torch.get_num_threads()
     with LlamaModel(file) as model, torch.no_grad():
         for window in tokens:
             expected = torch.log_softmax(source.model(window[None]).logits[0].double(), -1)
-            found = torch.log_softmax(torch.from_numpy(logits(model, window.tolist())).double(), -1)
+            found = torch.log_softmax(torch.from_numpy(logits(model, window.tolist(), threads=threads)).double(), -1)
             agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum())
             divergence += float((expected.exp() * (expected - found)).sum())
     return Agreement(agreeing / tokens.numel(), divergence / tokens.numel())

@@ -85,25 +85,31 @@ def test_paths_out_of_the_package_are_refused(folder, path):
 
 
 @pytest.mark.parametrize(
-    "text",
+    "text, told",
     [
-        "",
-        "[]",
-        "{}",
-        '{"format_version": 2}',
-        '{"format_version": 1, "name": "x"}',
-        '{"format_version": 1, "format_version": 1, "name": "x", "files": []}',
-        '{"format_version": 1, "name": "x", "files": []}',
-        '{"format_version": 1, "name": "x", "files": [1]}',
-        '{"format_version": 1, "name": "x", "files": [{"path": "a", "bytes": true, "sha256": ""}]}',
-        '{"format_version": 1, "name": "x", "files": [], "check": 1}',
-        '{"format_version": 1, "name": "x", "files": [], "check": {"bounds": {"tpu": {}}}}',
-        "[" * 100_000,
+        ("", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("{}", "format_version is None"),
+        ('{"format_version": 2}', "format_version is 2"),
+        ('{"format_version": 1, "name": "x"}', "needs a name, a list of files"),
+        ('{"format_version": 1, "format_version": 1, "name": "x", "files": []}', "cannot be read: .*format_version"),
+        ('{"format_version": 1, "name": "x", "files": []}', "so nothing runs here"),
+        ('{"format_version": 1, "name": "x", "files": [1]}', "is 1, it must be an object"),
+        (
+            '{"format_version": 1, "name": "x", "files": [{"path": "a", "bytes": true, "sha256": ""}]}',
+            "needs path, bytes and sha256",
+        ),
+        ('{"format_version": 1, "name": "x", "files": [], "check": 1}', "objects check and check.bounds"),
+        (
+            '{"format_version": 1, "name": "x", "files": [], "check": {"bounds": {"tpu": {}}}}',
+            r"check\.bounds\.tpu is not known",
+        ),
+        ("[" * 100_000, "cannot be read"),
     ],
 )
-def test_a_broken_manifest_is_a_typed_error(folder, text):
+def test_a_broken_manifest_is_a_typed_error(folder, text, told):
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(PackageError):
+    with pytest.raises(PackageError, match=told):
         open_package(folder)
 
 

@@ -4,15 +4,18 @@ import io
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner, Result
 from golden_package import TEXT, make_container, make_tokenizer_folder, sign, write_manifest
 from synthetic import random_llama
 
+from mgptq_runtime import generate
 from mgptq_runtime.cli import cli
 from mgptq_runtime.container import read_container
 from mgptq_runtime.messages import replace_unprintable_output
+from mgptq_runtime.package import Package
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,36 @@ def test_bench_prints_its_numbers(folder):
         assert values[key] > 0
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "--prompt", "Hi", "--max-tokens", 1),
+        ("perplexity", "--text", "text.txt", "--window", 64, "--windows", 1),
+        ("bench", "--prompt-tokens", 4, "--decode-tokens", 2),
+    ],
+    ids=lambda command: command[0],
+)
+def test_backend_accuracy_level_and_threads_reach_the_package(folder, command, monkeypatch):
+    asked, backend, (name, *options) = [], Package.backend, command
+
+    def asking(self: Package, *arguments: object, **options: object) -> object:
+        asked.append((arguments, options))
+        return backend(self, *arguments, **options)
+
+    monkeypatch.setattr(Package, "backend", asking)
+    monkeypatch.chdir(folder)
+    run_json(name, folder, *options, "--backend", "numpy", "--accuracy-level", 0, "--threads", 1)
+    assert asked and all(one == (("numpy",), {"accuracy_level": 0, "threads": 1}) for one in asked)
+
+
+def test_generate_draws_as_it_is_told_to(folder, monkeypatch):
+    generating = Mock(wraps=generate.generate_tokens)
+    monkeypatch.setattr(generate, "generate_tokens", generating)
+    drawing = ("--temperature", 0.5, "--top-k", 7, "--top-p", 0.9, "--seed", 3)
+    run_json("generate", folder, "--prompt", "Hi", "--max-tokens", 2, *drawing)
+    assert generating.call_args.kwargs["sampling"] == generate.Sampling(0.5, 7, 0.9, 3)
+
+
 def test_bench_does_not_count_what_another_program_held():
     """The one that started it, here with 400 MB."""
     held = bytearray(400_000_000)
@@ -188,7 +221,7 @@ def test_a_signal_ends_a_command_with_its_code(folder, number, code):
         "sys.argv = ['mgptq-run', 'info', sys.argv[1]]\n"
         "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "interrupted\n")
 
 
@@ -205,7 +238,7 @@ def test_a_signal_waits_for_work_that_would_swallow_it():
         "        print('swallowed')\n"
         "print('too far')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (143, "still here\n", "interrupted\n")
 
 
@@ -218,7 +251,7 @@ def test_a_hangup_that_is_ignored_already_stays_ignored():
         "os.kill(os.getpid(), signal.SIGHUP)\n"
         "print('still here')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "still here\n")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from ablation import Bench
+from reproducible import _exact_products, _one_thread  # noqa: F401
 from tiny_models import text, write_llama
 
 
