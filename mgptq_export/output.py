@@ -5,7 +5,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from mgptq_export.journal import Journal, Record
 from mgptq_runtime.errors import BadInputError, DistributedError, MgptqError, OutOfMemoryError, OutputExistsError
 from mgptq_runtime.package import MANIFEST_FILE
+from mgptq_runtime.signals import signals_held_back
 from mgptq_runtime.strict_json import MAX_JSON_BYTES, parse_json_object
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MANIFEST_KEYS = {"name", "bits", "layouts", "targets", "files"}
+LOCK_FILE = "lock"
 SWEEP_FILE, SWEEP_PAGE = "sweep.json", "sweep.html"
 # A folder with one of these files, with such keys, is what this program wrote.
 MARKS = {MANIFEST_FILE: MANIFEST_KEYS, SWEEP_FILE: {"name", "recipe", "evaluation", "rows"}}
@@ -140,18 +142,30 @@ def _work_of(out: Path) -> Path:
 
 @contextmanager
 def _claimed(work: Path, out: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made."""
+    """Keep other processes out of a folder, which is made; it goes again where nothing has been put there."""
+    claim = FileLock(work / LOCK_FILE)
+    try:
+        with signals_held_back():
+            _claim(claim, work, out)
+        yield
+    finally:
+        if claim.is_locked:
+            with suppress(OSError):
+                if [path.name for path in work.iterdir()] == [LOCK_FILE]:
+                    shutil.rmtree(work)
+            claim.release()
+
+
+def _claim(claim: FileLock, work: Path, out: Path) -> None:
     try:
         work.mkdir(parents=True, exist_ok=True)
-        claim = FileLock(work / "lock").acquire(timeout=0)
+        claim.acquire(timeout=0)
     except Timeout as error:
         raise OutputExistsError(
             f"another process is at work on {out}; wait for it, or choose another folder"
         ) from error
     except OSError as error:
         raise BadInputError(f"{out} cannot be written: {error.strerror}") from error
-    with claim:
-        yield
 
 
 def _by_input(error: BaseException) -> bool:
@@ -170,7 +184,7 @@ def _discard(work: Path, journal: Journal, overwrite: bool, out: Path) -> None:
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != "lock":
+        elif path.name != LOCK_FILE:
             path.unlink()
 
 

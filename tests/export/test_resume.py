@@ -20,6 +20,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from small_runs import RECIPE
 from tiny_models import text, write_llama
 
@@ -33,6 +34,7 @@ from mgptq_export.recovery import training
 from mgptq_export.sweep import sweep
 from mgptq_export.targets import TARGETS
 from mgptq_runtime.errors import BadInputError, OutputExistsError
+from mgptq_runtime.signals import exit_on_signals
 
 TARGETS_OF_BOTH_LAYOUTS = ["container", "llama.cpp"]
 LONG = replace(RECIPE, trials=3, recovery_steps=4)
@@ -334,6 +336,33 @@ def test_an_interrupted_run_says_how_to_go_on(model, text_file, tmp_path):
     assert "the same command with --resume goes on" in err and "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
     assert not (tmp_path / "out.unfinished/package").exists()
+
+
+def test_a_run_that_is_ended_before_it_begins_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("mgptq_export.output._discard", Mock(side_effect=SystemExit(143)))
+    with pytest.raises(SystemExit), unfinished_run(tmp_path / "out", overwrite=False, resume=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_a_folder_is_claimed_leaves_nothing_behind(tmp_path, monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    acquire = FileLock.acquire
+
+    def interrupted(self: FileLock, **options: object) -> object:
+        claim = acquire(self, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return claim
+
+    monkeypatch.setattr(FileLock, "acquire", interrupted)
+    try:
+        exit_on_signals()
+        with pytest.raises(SystemExit), unfinished_run(tmp_path / "out", overwrite=False, resume=False):
+            pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert list(tmp_path.iterdir()) == []
 
 
 class SmallDisk:
