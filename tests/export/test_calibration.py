@@ -3,6 +3,7 @@
 import json
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -168,11 +169,16 @@ def test_self_calibration_never_writes_an_end_of_text_that_the_model_insists_on(
     assert not {EOS, 7} & set(tokens[:, 1:].flatten().tolist())
 
 
+def chunks_of(text_file: Path, source: SourceModel, length: int) -> set[tuple[int, ...]]:
+    """All that a text is cut into, in tokens."""
+    whole = file_tokens(text_file, source)
+    return {tuple(whole[i : i + length]) for i in range(0, len(whole) - length + 1, length)}
+
+
 def test_text_calibration_is_cut_from_the_text(source, text_file):
     recipe = replace(RECIPE, calibration=str(text_file), samples=5, own_samples=0, sequence_length=32)
     tokens = calibration_tokens(source, recipe)
-    whole = file_tokens(text_file, source)
-    chunks = {tuple(whole[i : i + 32]) for i in range(0, len(whole) - 31, 32)}
+    chunks = chunks_of(text_file, source, 32)
     assert tokens.shape == (5, 32)
     assert {tuple(sample.tolist()) for sample in tokens} <= chunks
     assert torch.equal(tokens, calibration_tokens(source, recipe))
@@ -182,8 +188,7 @@ def test_text_calibration_is_cut_from_the_text(source, text_file):
 def test_what_the_model_writes_goes_with_a_text_to_calibration_and_recovery(source, text_file):
     recipe = replace(RECIPE, calibration=str(text_file), samples=5, own_samples=3, sequence_length=32)
     tokens = calibration_tokens(source, recipe)
-    whole = file_tokens(text_file, source)
-    chunks = {tuple(whole[i : i + 32]) for i in range(0, len(whole) - 31, 32)}
+    chunks = chunks_of(text_file, source, 32)
     own = {tuple(sample.tolist()) for sample in tokens} - chunks
     assert tokens.shape == (8, 32) and len(own) == 3
     assert [tuple(sample.tolist()) in own for sample in tokens] != [False] * 5 + [True] * 3
@@ -202,8 +207,7 @@ def test_a_run_recovers_on_all_of_the_text(even_model, text_file, tmp_path, monk
     recipe = replace(RECIPE, calibration=str(text_file), own_samples=3, recovery_steps=1, allocator="uniform")
     with pytest.raises(ReachedError) as reached:
         pipeline.run(str(even_model), tmp_path / "out", recipe, ["container"])
-    whole = file_tokens(text_file, load_source(str(even_model)))
-    chunks = {tuple(whole[i : i + 64]) for i in range(0, len(whole) - 63, 64)}
+    chunks = chunks_of(text_file, load_source(str(even_model)), recipe.sequence_length)
     trained = {tuple(sample.tolist()) for sample in reached.value.args[0]}
     assert len(chunks) > recipe.samples and chunks <= trained and len(trained - chunks) == 3
 

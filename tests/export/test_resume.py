@@ -91,7 +91,7 @@ def stop_after(count: int, patched: pytest.MonkeyPatch) -> None:
 
 def kind_of(journal: Journal, name: str) -> str:
     """What a record is, wherever in the model, and the part of the job that it belongs to: ``columns/trial/group``."""
-    kind = (journal._path("").parent / name).as_posix().partition("/journal/")[2]
+    kind = journal._path(name).with_suffix("").as_posix().partition("/journal/")[2]
     for pattern, what in ((r"trial-\w+", "trial"), (r"blk\..*", "group"), (r"\d+", "#")):
         kind = re.sub(pattern, what, kind)
     return kind
@@ -404,11 +404,13 @@ def test_a_full_disk_leaves_the_old_package_and_costs_nothing_that_was_finished(
     old = replace(RECIPE, allocator="uniform", calibration=str(text_file))
     pipeline.run(str(model), out, old, ["container"])
     before, recipe = contents(out), replace(LONG, calibration=str(text_file))
-    filled, failures, both = small_disk.used, 0, TARGETS_OF_BOTH_LAYOUTS
+    filled, failures = small_disk.used, 0
     for room in range(100_000, 8_000_000, 300_000):
         small_disk.change(f"size={filled + room}")
         try:
-            pipeline.run(str(model), out, recipe, both, overwrite=True, resume=True, max_memory=1 << 40)
+            pipeline.run(
+                str(model), out, recipe, TARGETS_OF_BOTH_LAYOUTS, overwrite=True, resume=True, max_memory=1 << 40
+            )
             break
         except BadInputError as error:
             failures += 1
