@@ -49,14 +49,17 @@ def losses_of_linears(
         "with_fewest_bits": decisive[:, 0],
         "with_most_bits": decisive[:, -1],
     }
-    tensor_of_unit, tensors = problem.tensor_of_unit(), problem.tensor_of_linear().tolist()
-    sums = {
-        name: torch.zeros(max(tensors) + 1, dtype=torch.float64).index_add_(0, tensor_of_unit, column.double())
-        for name, column in columns.items()
+    tensor_of_unit, tensor_of_linear = problem.tensor_of_unit(), problem.tensor_of_linear()
+
+    def by_tensor(tensors: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(int(tensor_of_linear.max()) + 1, dtype=torch.float64)
+        return total.index_add_(0, tensors, values.double())
+
+    sums = {name: by_tensor(tensor_of_unit, column) for name, column in columns.items()}
+    if measured is not None:
+        means = torch.stack([measured[linear.name].mean() for linear in problem.linears])
+        sums["measured"] = by_tensor(tensor_of_linear, means)
+    return {
+        linear.name: {name: float(values[tensor]) for name, values in sums.items()}
+        for linear, tensor in zip(problem.linears, tensor_of_linear.tolist(), strict=True)
     }
-    found = {}
-    for linear, tensor in zip(problem.linears, tensors, strict=True):
-        found[linear.name] = {name: float(values[tensor]) for name, values in sums.items()}
-        if measured is not None:
-            found[linear.name]["measured"] = float(measured[linear.name].mean())
-    return found

@@ -69,6 +69,17 @@ def test_fused_matrices_share_a_type(tmp_path: Path) -> None:
     assert len(set(types.values())) > 1
 
 
+@pytest.mark.slow
+def test_linears_of_one_tensor_are_told_what_the_tensor_loses(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 12}
+    source = load_source(str(tiny_models.write_model(tmp_path, "phi3", **sizes)))
+    losses = quantize(source, replace(RECIPE, bits=3.0), TENSORS).decision.losses
+    for fused in (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")):
+        first, *others = (losses[f"blk.0.{kind}"] for kind in fused)
+        assert first["measured"] != 0
+        assert all(other == first for other in others)
+
+
 def test_bits_that_whole_tensors_cannot_meet_are_refused(tmp_path: Path) -> None:
     source = load_source(str(tiny_models.write_llama(tmp_path, **WIDE, num_hidden_layers=1)))
     with pytest.raises(BudgetError, match="tensors of this model are so coarse"):
