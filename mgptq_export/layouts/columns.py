@@ -210,7 +210,8 @@ def table_problems(source: SourceModel, calibration: Calibration, recipe: Recipe
         return LinearProblem(name, 0, 1, weight, natural, inputs, sensitivity)
 
     as_head = use("output", InputColumns.of_factor(factor.upper), head.sensitivity["output"])
-    as_embedding = use("token_embd", InputColumns.apart(embedding.sensitivity), embedding.frequency)
+    # Hessians are twice the mean, too.
+    as_embedding = use("token_embd", InputColumns.apart(2 * embedding.sensitivity), embedding.frequency)
     if source.tied:
         return [TableProblem("token_embd", (as_head, as_embedding))]
     return [TableProblem("token_embd", (as_embedding,)), TableProblem("output", (as_head,))]

@@ -16,6 +16,7 @@ from small_runs import RECIPE, Quantized
 from tiny_models import write_llama
 
 from mgptq_export.allocation import training
+from mgptq_export.allocation.problem import quadratic_costs
 from mgptq_export.calibration import FIRST_TOKEN_WEIGHT, attribute, collect_statistics
 from mgptq_export.checkpoint import read_checkpoint, write_checkpoint
 from mgptq_export.journal import FORGETFUL, Journal
@@ -311,6 +312,22 @@ def test_what_an_embedding_error_costs_is_told_in_the_renumbered_models_order(od
     assert torch.equal(calibration.statistics.embedding.frequency, found.frequency)
     assert torch.allclose(calibration.statistics.embedding.sensitivity, found.sensitivity, rtol=1e-2)
     assert found.sensitivity.std() > 0.1 * found.sensitivity.mean()
+
+
+def test_an_embeddings_error_costs_what_the_same_error_of_a_head_does(even_model):
+    """A head that reads channels of just that mean square, each on its own, and whose outputs matter as much."""
+    source = load_source(str(even_model))
+    calibration = calibrate(source, RECIPE)
+    head, embedding = calibration.statistics.head, calibration.statistics.embedding
+    channels = torch.diag(2 * embedding.sensitivity)
+    alike = replace(
+        head, measured=channels, order=torch.arange(len(channels)), sensitivity={"output": embedding.frequency}
+    )
+    calibration = replace(calibration, statistics=replace(calibration.statistics, head=alike))
+    (table,) = columns.table_problems(source, calibration, replace(RECIPE, damping=1e-6))
+    as_head, as_embedding = (quadratic_costs(use, ("b2", "b4")) for use in table.uses)
+    assert as_head.min() > 0
+    assert torch.allclose(as_head, as_embedding, rtol=1e-3)
 
 
 def test_more_bits_come_closer_to_the_original(even_model):
