@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mgptq_export.calibration.flow import HessianAccumulator, LayerFlow, StopForward, add_products, counted_tokens
-from mgptq_export.compute import compute_dtype, multiplying_in
+from mgptq_export.calibration.flow import HessianAccumulator, LayerFlow, StopForward, add_products
 from mgptq_export.families import GroupModules
 from mgptq_export.hooks import hooked
 from mgptq_export.memory import Memory
@@ -20,8 +19,8 @@ __all__ = ["DriftFlow", "Measured"]
 
 @dataclass(frozen=True)
 class Measured:
-    """What the linears of an input group read: ``x``, and ``x'`` in the original model, over ``n`` tokens, of which
-    first ones count several times (:data:`mgptq_export.calibration.flow.FIRST_TOKEN_WEIGHT`).
+    """What the linears of an input group read: ``x``, and ``x'`` in the original model, over ``n`` tokens, which
+    count as :func:`mgptq_export.calibration.flow.token_weights` of ``x`` says.
 
     Attributes:
         hessian: ``2/n sum x x^T``, float32 [columns, columns].
@@ -54,7 +53,6 @@ class DriftFlow:
         mine = quantized.world.share(tokens)
         self._quantized = LayerFlow(quantized, mine)
         self._original = None if original is None else LayerFlow(original, mine)
-        self._tokens = counted_tokens(tokens)
         self._references: dict[str, list[torch.Tensor]] = {}
         self._branches: list[_Branch] = []
 
@@ -92,7 +90,7 @@ class DriftFlow:
                 with suppress(StopForward), self._remembered(place):
                     output = flow.output(index, state)
                 read = seen[point.reads]
-                hessian.add(read)
+                weights = hessian.add(read)
                 if not group.reads_hidden:
                     reads.append(memory.keep(read))
                 if self._original is not None:
@@ -100,14 +98,15 @@ class DriftFlow:
                     behind = self._references[group.name][place] - shown
                     if drift is None:
                         drift = memory.zeros(behind.shape[-1], group.columns, device=behind.device)
-                    with multiplying_in(compute_dtype(behind.device)):
-                        add_products(drift, behind, read.float(), scale=2.0 / self._tokens)
+                    add_products(drift, behind, read.float(), weights)
+        measured = hessian.take()
         if drift is not None:
             world.sum_(drift)
+            drift *= hessian.scale
         self._references.pop(group.name, None)
         if reads:
             self._branches.append(_Branch.of(flow.source, index, group, reads))
-        return Measured(hessian.take(), drift, point.of_stream)
+        return Measured(measured, drift, point.of_stream)
 
     @torch.no_grad()
     def leave(self, index: int) -> None:

@@ -14,18 +14,21 @@ from mgptq_export.hooks import hooked
 from mgptq_export.memory import IN_MEMORY, Memory
 from mgptq_export.models import SourceModel
 
-__all__ = ["HessianAccumulator", "LayerFlow", "StopForward"]
-
+__all__ = ["HessianAccumulator", "LayerFlow", "StopForward", "token_weights"]
 
 # A sequence's first token is like no other: in most models it draws the attention of all that follow, and where
 # quantized layers distort it the whole text is lost. Of 512 it is one, too few for layers to be fitted to it.
 FIRST_TOKEN_WEIGHT = 16
+# Where a layer makes such a token, its activation is larger than all others of a text together, by far. Counted as it
+# is, it alone would say what blocks lose, and damping, a share of the mean, would hide all other tokens.
+LARGEST_WEIGHT = 32768
 
 
 class HessianAccumulator:
     """``H = 2/n sum x x^T`` over the ``n`` activations that a linear reads (MG-PTQ's ``2 X X^T``).
 
-    Activations are rounded as the linear itself rounds them, to the type that the model is computed in.
+    Activations are rounded as the linear itself rounds them, to the type that the model is computed in. Tokens count
+    as :func:`token_weights` says, and ``n`` is the sum of that.
 
     Args:
         first_token_weight: how often the first token of every sequence counts.
@@ -40,44 +43,62 @@ class HessianAccumulator:
         first_token_weight: int = FIRST_TOKEN_WEIGHT,
     ) -> None:
         self._sum = memory.zeros(columns, columns, device=device)
-        self._count = torch.zeros((), dtype=torch.int64)
+        self._count = torch.zeros((), dtype=torch.float64)
         self._world = world
         self._weight = first_token_weight
 
-    def add(self, activations: torch.Tensor) -> None:
-        """Add activations of whole sequences: float [batch, sequence, columns]."""
+    def add(self, activations: torch.Tensor) -> torch.Tensor:
+        """Add activations of whole sequences: float [batch, sequence, columns].
+
+        Returns:
+            how much each token counted, float32 [batch, sequence].
+        """
         rows = activations.detach().float()
-        with multiplying_in(compute_dtype(rows.device)):
-            add_products(self._sum, rows, rows, first_token_weight=self._weight)
-        self._count += counted_tokens(rows, self._weight)
+        weights = token_weights(rows, self._weight)
+        add_products(self._sum, rows, rows, weights)
+        self._count += weights.cpu().double().sum()
+        return weights
 
     def take(self) -> torch.Tensor:
         """The Hessian of what all ranks have added, float32 [columns, columns]; once, as it lies where the sum was."""
         self._world.sum_(self._sum, self._count)
-        return self._sum.mul_(2.0 / max(int(self._count), 1))
+        return self._sum.mul_(self.scale)
+
+    @property
+    def scale(self) -> float:
+        """``2/n``, of all ranks once the Hessian has been taken."""
+        return 2.0 / max(float(self._count), 1.0)
 
 
-def add_products(
-    total: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    scale: float = 1.0,
-    first_token_weight: int = FIRST_TOKEN_WEIGHT,
-) -> None:
-    """Add ``scale sum w l r^T`` over the tokens of sequences, ``w`` being 1 but for the first token of each.
+def token_weights(activations: torch.Tensor, first_token_weight: int = FIRST_TOKEN_WEIGHT) -> torch.Tensor:
+    """How much each token counts: 1, and the first of a sequence ``first_token_weight``.
+
+    But none for more than :data:`LARGEST_WEIGHT` tokens whose activation has the median size of these.
+
+    Args:
+        activations: float32 [batch, sequence, columns].
+
+    Returns:
+        float32 [batch, sequence].
+    """
+    sizes = torch.linalg.vecdot(activations, activations)
+    weights = torch.ones_like(sizes)
+    weights[:, 0] = first_token_weight
+    most = LARGEST_WEIGHT * sizes.median()
+    return torch.where((most > 0) & (weights * sizes > most), most / sizes, weights)
+
+
+def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor) -> None:
+    """Add ``sum w l r^T`` over the tokens of sequences.
 
     Args:
         total: float32 [m, n].
         left, right: float32 [batch, sequence, m] and [batch, sequence, n].
+        weights: float32 [batch, sequence].
     """
-    total.addmm_(left.flatten(0, 1).t(), right.flatten(0, 1), alpha=scale)
-    if first_token_weight != 1:
-        total.addmm_(left[:, 0].t(), right[:, 0], alpha=scale * (first_token_weight - 1))
-
-
-def counted_tokens(sequences: torch.Tensor, first_token_weight: int = FIRST_TOKEN_WEIGHT) -> int:
-    """How many tokens :func:`add_products` counts of sequences, [batch, sequence, ...]."""
-    return sequences.shape[0] * (sequences.shape[1] - 1 + first_token_weight)
+    weighted = left * weights.unsqueeze(-1)
+    with multiplying_in(compute_dtype(total.device)):
+        total.addmm_(weighted.flatten(0, 1).t(), right.flatten(0, 1))
 
 
 class StopForward(Exception):
@@ -114,7 +135,10 @@ class LayerFlow:
         accumulators = {group.name: self._accumulator(group.columns) for group in groups}
 
         def feed(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-            return lambda module, inputs: accumulators[name].add(inputs[0])
+            def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                accumulators[name].add(inputs[0])
+
+            return add
 
         with hooked(group.first.register_forward_pre_hook(feed(group.name)) for group in groups):
             self.advance(index)

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from mgptq_export import pipeline
 from mgptq_export.calibration import (
     FIRST_TOKEN_WEIGHT,
+    LARGEST_WEIGHT,
     HessianAccumulator,
     attribute,
     calibration_tokens,
@@ -68,6 +69,31 @@ def test_hessian_is_twice_the_mean_outer_product(weight):
     for batch in activations.split(2):
         accumulator.add(batch)
     assert torch.allclose(accumulator.take().double(), hessian_of(activations.double(), weight), atol=1e-5)
+
+
+def test_a_huge_token_counts_for_many_of_median_size_and_no_more():
+    x = torch.randn(2, 20, 12, generator=generator())
+    x[0, 0] *= 1000
+    x[1, 7] *= 3000
+    accumulator = HessianAccumulator(12, torch.device("cpu"))
+    weights = accumulator.add(x).double()
+    sizes = x.double().square().sum(-1)
+    most = LARGEST_WEIGHT * sizes.flatten().sort().values[(sizes.numel() - 1) // 2]
+    expected = torch.ones_like(sizes)
+    expected[:, 0] = FIRST_TOKEN_WEIGHT
+    for place in ((0, 0), (1, 7)):
+        assert expected[place] * sizes[place] > 10 * most
+        expected[place] = most / sizes[place]
+    assert torch.allclose(weights, expected)
+    products = (x.double() * expected.unsqueeze(-1)).flatten(0, 1).t() @ x.double().flatten(0, 1)
+    assert torch.allclose(accumulator.take().double(), 2 / expected.sum() * products, rtol=1e-4, atol=1e-3)
+
+
+def test_where_most_tokens_read_nothing_all_others_count():
+    x = torch.zeros(1, 9, 4)
+    x[0, :3] = torch.randn(3, 4, generator=generator())
+    weights = HessianAccumulator(4, torch.device("cpu")).add(x)
+    assert weights.tolist() == [[FIRST_TOKEN_WEIGHT, *[1] * 8]]
 
 
 @pytest.mark.parametrize("layer", [0, 1])

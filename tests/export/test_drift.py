@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from small_runs import RECIPE
 
-from mgptq_export.calibration import FIRST_TOKEN_WEIGHT, DriftFlow
+from mgptq_export.calibration import FIRST_TOKEN_WEIGHT, LARGEST_WEIGHT, DriftFlow
 from mgptq_export.compute import compute_dtype, computing_in
 from mgptq_export.hooks import hooked
 from mgptq_export.models import SourceModel, load_source
@@ -48,18 +48,23 @@ def seen(source: SourceModel, *modules: torch.nn.Module) -> list[torch.Tensor]:
     return [one for module in modules for one in found[module]]
 
 
-def moment(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def moment(left: torch.Tensor, right: torch.Tensor, largest: float) -> torch.Tensor:
+    """Of what is read, on the right; no token counts for more than so many of median size."""
     weights = torch.ones_like(TOKENS, dtype=torch.float32)
     weights[:, 0] = FIRST_TOKEN_WEIGHT
-    return 2.0 / weights.sum() * (left * weights.flatten()[:, None]).t() @ right
+    sizes = right.square().sum(-1)
+    weights = torch.minimum(weights.flatten(), largest * sizes.median() / sizes)
+    return 2.0 / weights.sum() * (left * weights[:, None]).t() @ right
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).norm() <= 0.02 * expected.norm())
 
 
+@pytest.mark.parametrize("largest", [LARGEST_WEIGHT, 2])
 @pytest.mark.parametrize("place", range(4), ids=["qkv", "output", "gate_up", "down"])
-def test_hessian_and_drift_are_those_of_the_two_models(models, place):
+def test_hessian_and_drift_are_those_of_the_two_models(models, place, largest, monkeypatch):
+    monkeypatch.setattr("mgptq_export.calibration.flow.LARGEST_WEIGHT", largest)
     original, changed = models
     flow = DriftFlow(changed, original, TOKENS)
     flow.enter(0, measuring=False)
@@ -76,12 +81,12 @@ def test_hessian_and_drift_are_those_of_the_two_models(models, place):
         read, _, middle, _, _, end = seen(source, linear, layer.get_submodule(norm), layer)
         ends.append((read, middle, end))
     (before, *streams_before), (now, *streams_now) = ends
-    assert close(measured.hessian, moment(now, now))
+    assert close(measured.hessian, moment(now, now, largest))
     weight = group.first.weight.detach()
     if original.family.name != "gemma3" and place in (1, 3):
-        expected = moment(streams_before[place // 2] - streams_now[place // 2], now)
+        expected = moment(streams_before[place // 2] - streams_now[place // 2], now, largest)
     else:
-        expected = weight @ moment(before - now, now)
+        expected = weight @ moment(before - now, now, largest)
     assert expected.norm() > 0
     assert close(measured.behind(weight), expected)
 
