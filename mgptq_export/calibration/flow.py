@@ -73,7 +73,7 @@ class HessianAccumulator:
 def token_weights(activations: torch.Tensor, first_token_weight: int = FIRST_TOKEN_WEIGHT) -> torch.Tensor:
     """How much each token counts: 1, and the first of a sequence ``first_token_weight``.
 
-    But none for more than :data:`LARGEST_WEIGHT` tokens whose activation has the median size of these.
+    But none for more than :data:`LARGEST_WEIGHT` tokens whose activation has the median size, sum of squares, of these.
 
     Args:
         activations: float32 [batch, sequence, columns].
