@@ -67,6 +67,10 @@ class AllocationProblem(Protocol):
         """The tensor that each unit is a part of, or is: int64 [units]."""
         ...
 
+    def runs(self) -> torch.Tensor:
+        """Units next to each other along which formats must not rise, how many in each run: int64 [runs]."""
+        ...
+
     def tensor_of_linear(self) -> torch.Tensor:
         """The tensor that holds each linear: int64 [linears]."""
         ...
@@ -119,7 +123,11 @@ class BlockProblem:
 
     def tensor_of_unit(self) -> torch.Tensor:
         """The linear that each block is a part of: int64 [units]."""
-        return torch.repeat_interleave(torch.tensor([linear.blocks for linear in self.linears]))
+        return torch.repeat_interleave(self.runs())
+
+    def runs(self) -> torch.Tensor:
+        """A linear's blocks, so that it has one segment per format: int64 [linears]."""
+        return torch.tensor([linear.blocks for linear in self.linears])
 
     def tensor_of_linear(self) -> torch.Tensor:
         """Every linear is a tensor of its own: int64 [linears]."""
@@ -130,15 +138,8 @@ class BlockProblem:
         yield from zip(self.linears, units.split([linear.blocks for linear in self.linears]), strict=True)
 
     def allocation(self, choice: torch.Tensor) -> Allocation:
-        """Name the chosen formats; along a linear they descend, so that it has one segment per format.
-
-        Args:
-            choice: int64 [units], indices into :attr:`formats`.
-        """
-        return {
-            linear.name: tuple(self.formats[i] for i in chosen.sort(descending=True).values.tolist())
-            for linear, chosen in self.split(choice)
-        }
+        """Name the chosen formats, int64 [units]."""
+        return {linear.name: tuple(self.formats[i] for i in chosen.tolist()) for linear, chosen in self.split(choice)}
 
     def stored_bits(self, allocation: Allocation) -> int:
         """Bits that all blocks take."""

@@ -41,18 +41,20 @@ def share_budget(problem: BlockProblem, tables: Sequence[TableProblem]) -> tuple
         problem: the linears, with the budget of both.
 
     Returns:
-        formats of every block of the tables, in descending order; the linears' costs, as they are known now; and what
-        is left to the linears, in bits.
+        formats of every block of the tables, none after a smaller one; the linears' costs, as they are known now; and
+        what is left to the linears, in bits.
     """
     formats, costs, sizes = problem.formats, problem.costs(), problem.sizes()
     of_tables = list(problem.world.map(lambda table: table.costs(formats), tables))
     matrices = [table.uses[0] for table in tables]
     in_tables = [[matrix.block_bits(fmt) for fmt in formats] for matrix in matrices for _ in range(matrix.blocks)]
     together = torch.cat([costs, *(TABLE_WEIGHT * costs_of_one for costs_of_one in of_tables)])
-    choice = cheapest_within(together, torch.cat([sizes, torch.tensor(in_tables)]), problem.budget)[len(costs) :]
+    blocks = [matrix.blocks for matrix in matrices]
+    runs = torch.cat([problem.runs(), torch.tensor(blocks)])
+    choice = cheapest_within(together, torch.cat([sizes, torch.tensor(in_tables)]), problem.budget, runs)[len(costs) :]
     chosen: Allocation = {}
     left = problem.budget
-    for table, matrix, blocks in zip(tables, matrices, choice.split([one.blocks for one in matrices]), strict=True):
-        chosen[table.name] = tuple(formats[i] for i in blocks.sort(descending=True).values.tolist())
+    for table, matrix, of_table in zip(tables, matrices, choice.split(blocks), strict=True):
+        chosen[table.name] = tuple(formats[i] for i in of_table.tolist())
         left -= sum(map(matrix.block_bits, chosen[table.name]))
     return chosen, costs, left

@@ -83,6 +83,10 @@ class TensorProblem:
         """Units are tensors: int64 [units]."""
         return torch.arange(len(self.tensors))
 
+    def runs(self) -> torch.Tensor:
+        """Every tensor by itself: int64 [units]."""
+        return torch.ones(len(self.tensors), dtype=torch.int64)
+
     def tensor_of_linear(self) -> torch.Tensor:
         """The tensor that holds each linear: int64 [linears]."""
         return torch.repeat_interleave(torch.tensor([len(tensor.linears) for tensor in self.tensors]))

@@ -114,7 +114,7 @@ def allocate_by_gnn(
         NumericalError: a score became NaN or infinite.
     """
     costs, sizes = problem.costs(), problem.sizes()
-    choice = cheapest_within(costs, sizes, problem.budget)
+    choice = cheapest_within(costs, sizes, problem.budget, problem.runs())
     if trials < 2 or int(sizes.max(1).values.sum()) <= problem.budget:  # nothing competes, or nothing is to be learnt
         return Decision(problem.allocation(choice), losses_of_linears(problem, choice, costs, costs))
     with track("Trials", trials) as advance:
@@ -163,7 +163,7 @@ def _propose(
     shorter = [step * STEP_AFTER_LOSS**times for times in range(SHORTER_STEPS + 1)]
     for length in (*shorter, 1.0):
         corrected = costs * (length * corrections).exp()
-        choice = cheapest_within(corrected, sizes, problem.budget)
+        choice = cheapest_within(corrected, sizes, problem.budget, problem.runs())
         if not any(torch.equal(choice, known.choice) for known in tried):
             return length, choice, corrected
     return None
@@ -188,7 +188,7 @@ class _Predictor:
         estimated = float(costs.gather(1, choice[:, None]).sum())
         measured = float(sum(trial.losses[linear.name].mean() for linear in problem.linears))
         self.costs = costs * (max(measured, 1e-9) / max(estimated, 1e-300))
-        self._log_costs = _normalized(self.costs, sizes, price_for(self.costs, sizes, problem.budget))
+        self._log_costs = _normalized(self.costs, sizes, price_for(self.costs, sizes, problem.budget, problem.runs()))
         self._problem, self._graph = problem, build_graphs(problem)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from mgptq_export.allocation import (
     training,
 )
 from mgptq_export.allocation import linear as linear_module
-from mgptq_export.allocation.budget import cheapest_within, price_for
+from mgptq_export.allocation.budget import cheapest_within, choose, price_for
 from mgptq_export.allocation.column_graph import FEATURES, build_graphs
 from mgptq_export.allocation.linear import InputColumns, beyond_quadratic, strongest_edges
 from mgptq_export.allocation.network import AllocatorNetwork
@@ -223,6 +223,52 @@ def test_what_is_left_over_buys_no_upgrade(seed, share):
     left = budget - cost_and_size(choice, costs, sizes)[1]
     extra = sizes - sizes[torch.arange(len(choice)), choice][:, None]
     assert left < extra[extra > 0].min()
+
+
+def descends(choice: torch.Tensor) -> torch.Tensor:
+    """Whether no format is above the one before it, along :data:`RUNS`."""
+    return torch.stack([(run[..., 1:] <= run[..., :-1]).all(-1) for run in choice.split(RUNS.tolist(), -1)]).all(0)
+
+
+RUNS = torch.tensor([3, 1, 2])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_along_a_run_the_choice_is_the_best_that_never_rises(seed):
+    costs, sizes = small_problem(seed)
+    every = torch.tensor(list(itertools.product(range(4), repeat=6)))
+    allowed = every[descends(every)]
+    unit = torch.arange(6)
+    for price in (1e-4, 1e-2, 0.1, 1.0):
+        values = costs + price * sizes
+        choice = choose(costs, sizes, price, RUNS)
+        assert descends(choice)
+        assert float(values[unit, choice].sum()) == pytest.approx(float(values[unit, allowed].sum(1).min()), rel=1e-12)
+
+
+def test_a_block_that_wants_more_than_the_one_before_it_draws_that_one_along():
+    """Sorted after it was chosen, the format would go to the block that gains nothing by it."""
+    sizes = torch.tensor([[1, 2]]).repeat(4, 1)
+    costs = torch.tensor([[1.0, 1.0], [9.0, 0.0], [4.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
+    assert cheapest_within(costs, sizes, 6).tolist() == [0, 1, 1, 0]
+    assert cheapest_within(costs, sizes, 6, torch.tensor([2, 2])).tolist() == [1, 1, 0, 0]
+    assert cheapest_within(costs, sizes, 6, torch.tensor([4])).tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.7, 1.0])
+def test_what_is_left_over_buys_no_upgrade_that_would_not_rise(seed, share):
+    costs, sizes = small_problem(seed)
+    low, high = int(sizes.min(1).values.sum()), int(sizes.max(1).values.sum())
+    budget = low + int(share * (high - low))
+    choice = cheapest_within(costs, sizes, budget, RUNS)
+    left = budget - cost_and_size(choice, costs, sizes)[1]
+    assert descends(choice) and left >= 0
+    for unit in range(6):
+        for fmt in range(int(choice[unit]) + 1, 4):
+            upgraded = choice.clone()
+            upgraded[unit] = fmt
+            assert int(sizes[unit, fmt] - sizes[unit, choice[unit]]) > left or not descends(upgraded)
 
 
 @pytest.mark.parametrize("weights_at_once", [1, 1000])
