@@ -1,6 +1,4 @@
-"""The graph network: column graphs in, a correction of every unit's cost in every format out."""
-
-from dataclasses import dataclass
+"""The graph network: column graphs in, a correction of every unit's costs out."""
 
 import torch
 from torch import nn
@@ -10,36 +8,18 @@ from torch_geometric.utils import scatter
 
 from mgptq_export.allocation.column_graph import ModelGraph
 
-__all__ = ["AllocatorNetwork", "Correction"]
+__all__ = ["AllocatorNetwork"]
 
 LARGEST_CORRECTION = 2.0
-
-
-@dataclass(frozen=True)
-class Correction:
-    """What to add to the logarithms of costs.
-
-    Attributes:
-        common: float32 [units, 1], for all formats of a unit.
-        specific: float32 [units, formats], on top of it.
-    """
-
-    common: torch.Tensor
-    specific: torch.Tensor
-
-    @property
-    def of_logarithms(self) -> torch.Tensor:
-        """Both together: float64 [units, formats]."""
-        return (self.common + self.specific).double()
 
 
 class AllocatorNetwork(nn.Module):
     """Graph perceptual module and bit-width allocator.
 
     Two graph convolutions over the weighted column graph embed every column; a third, over the graph of tensors, lets
-    those that feed one another and their likes in the layers next to them share what is known of them. The allocator
+    those that feed one another and their likes in the layers next to them know of each other. The allocator
     reads a unit's columns, its tensor, and what the unit is estimated to lose in each format. Its answer corrects the
-    logarithms of these estimates, so an untrained network allocates as they say.
+    logarithms of these estimates, of all formats alike, so an untrained network allocates as they say.
 
     Args:
         features: of a column.
@@ -50,26 +30,23 @@ class AllocatorNetwork(nn.Module):
         super().__init__()
         self.first = GraphConv(features, hidden, aggr="mean")
         self.second = GraphConv(hidden, hidden, aggr="mean")
-        self.between_tensors = GraphConv(hidden + 1, hidden, aggr="mean")
-        inner, last = nn.Linear(2 * hidden + formats, hidden), nn.Linear(hidden, 1 + formats)
+        self.between_tensors = GraphConv(hidden, hidden, aggr="mean")
+        inner, last = nn.Linear(2 * hidden + formats, hidden), nn.Linear(hidden, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.allocator = nn.Sequential(inner, nn.SiLU(), last)
 
-    def forward(self, graph: ModelGraph, log_costs: torch.Tensor, known: torch.Tensor) -> Correction:
-        """What is to be added to corrections that are known.
+    def forward(self, graph: ModelGraph, log_costs: torch.Tensor) -> torch.Tensor:
+        """What to add to the logarithms of every unit's costs: float32 [units].
 
         Args:
             log_costs: normalized estimates, float32 [units, formats].
-            known: corrections of whole tensors, float [tensors].
         """
         columns = functional.silu(self.first(graph.features, graph.adjacency))
         columns = functional.silu(self.second(columns, graph.adjacency))
         units = scatter(columns, graph.unit_of_node, dim=0, dim_size=len(graph.tensor_of_unit), reduce="mean")
         tensors = scatter(units, graph.tensor_of_unit, dim=0, dim_size=graph.tensors, reduce="mean")
-        tensors = torch.cat([tensors, known.float()[:, None]], dim=1)
         tensors = functional.silu(self.between_tensors(tensors, graph.tensor_edges))
         # By an index, several threads would sum gradients in an order that changes.
         of_units = torch.cat([units, tensors.index_select(0, graph.tensor_of_unit), log_costs], dim=1)
-        answer = LARGEST_CORRECTION * torch.tanh(self.allocator(of_units) / LARGEST_CORRECTION)
-        return Correction(answer[:, :1], answer[:, 1:])
+        return LARGEST_CORRECTION * torch.tanh(self.allocator(of_units).squeeze(1) / LARGEST_CORRECTION)

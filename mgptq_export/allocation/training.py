@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn import functional
 from torch_geometric.utils import scatter
 
 from mgptq_export.allocation.budget import cheapest_within, price_for
 from mgptq_export.allocation.column_graph import ModelGraph, build_graphs
 from mgptq_export.allocation.decision import Decision, losses_of_linears
-from mgptq_export.allocation.network import AllocatorNetwork, Correction
+from mgptq_export.allocation.network import AllocatorNetwork
 from mgptq_export.allocation.problem import Allocation, AllocationProblem
 from mgptq_export.journal import Record
 from mgptq_runtime.errors import NumericalError
@@ -22,18 +21,21 @@ __all__ = ["Trial", "allocate_by_gnn"]
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATE = 3e-2
-# Part of a tensor's estimate that a measurement is doubted by, beside its own standard error.
+LEARNING_RATE = 1e-2
+# Part of what is predicted of a tensor that a measurement is doubted by, beside its own standard error.
 DOUBT = 0.25
-# How far off a tensor's estimate is expected to be, as a logarithm; and the least that is made of it: a measurement
-# may come out below zero.
-SURPRISE, LEAST_RATIO = 1.0, 0.1
+# How far off the network's prediction of a tensor is expected to be, as a logarithm.
+SURPRISE = 1.0
+# By which factors predictions of tensors may be off, as logarithms.
+FACTORS = torch.linspace(-6, 6, 241, dtype=torch.float64)
+# A tensor's part of the loss below which it does not matter how far off its prediction is.
+NEGLIGIBLE = 1e-9
 # How far the first proposal follows the network: the exponent of its corrections. All of them at once is too far from
 # what was tried: they are told apart by tensors only, and by those formats that were tried.
 FIRST_STEP = 0.5
 STEP_AFTER_GAIN, STEP_AFTER_LOSS, SHORTER_STEPS = 1.5, 0.5, 3
-# What a correction costs: little where all formats of a unit share it, as trials tell it; more where they do not.
-COMMON_RIDGE, SPECIFIC_RIDGE = 0.0003, 0.01
+# What the mean square of the network's corrections costs, beside the surprise of all tensors together.
+RIDGE = 100.0
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,22 @@ class _Lesson:
         choice: int64 [units].
         loss: measured, float64 [tensors].
         error: the standard error of that, float64 [tensors].
-        expected: by the estimates, float64 [tensors].
     """
 
     choice: torch.Tensor
     loss: torch.Tensor
     error: torch.Tensor
-    expected: torch.Tensor
 
-    @property
-    def doubt(self) -> torch.Tensor:
-        """How far to trust the measurement: float64 [tensors]."""
-        return self.error + DOUBT * self.expected
+
+@dataclass(frozen=True)
+class _Posterior:
+    """Attributes:
+    surprise: minus the logarithm of how likely the trials' losses were, up to a constant.
+    of_tensors: logarithms of the factors that tensors are expected to be off by, float64 [tensors].
+    """
+
+    surprise: torch.Tensor
+    of_tensors: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,9 @@ def allocate_by_gnn(
     """Train the network on trials of its own proposals, and take the one that lost least.
 
     The first trial is the untrained network's, that of the estimated costs. After every trial the network learns to
-    predict what each tensor lost, and proposes the cheapest assignment by its corrected costs: half of the way at
-    first, further after a trial that was the best so far, less far after one that was not.
+    predict what each tensor lost, and what it could not predict is taken from the trials as far as they are to be
+    trusted; proposed is the cheapest assignment by the costs that are corrected so: half of the way at first, further
+    after a trial that was the best so far, less far after one that was not.
 
     Args:
         attempt: quantizes the model as told, and measures it.
@@ -162,7 +169,7 @@ def _propose(
     """
     shorter = [step * STEP_AFTER_LOSS**times for times in range(SHORTER_STEPS + 1)]
     for length in (*shorter, 1.0):
-        corrected = costs * (length * corrections).exp()
+        corrected = costs * (length * corrections).exp()[:, None]
         choice = cheapest_within(corrected, sizes, problem.budget, problem.runs())
         if not any(torch.equal(choice, known.choice) for known in tried):
             return length, choice, corrected
@@ -187,7 +194,9 @@ class _Predictor:
     ) -> None:
         estimated = float(costs.gather(1, choice[:, None]).sum())
         measured = float(sum(trial.losses[linear.name].mean() for linear in problem.linears))
-        self.costs = costs * (max(measured, 1e-9) / max(estimated, 1e-300))
+        measured = max(measured, 1e-9)
+        self.costs = costs * (measured / max(estimated, 1e-300))
+        self._negligible = NEGLIGIBLE * measured
         self._log_costs = _normalized(self.costs, sizes, price_for(self.costs, sizes, problem.budget, problem.runs()))
         self._problem, self._graph = problem, build_graphs(problem)
         with torch.random.fork_rng(devices=[]):
@@ -195,20 +204,19 @@ class _Predictor:
             self._network = AllocatorNetwork(self._graph.features.shape[1], sizes.shape[1])
 
     def learn(self, tried: list[_Tried], steps: int) -> torch.Tensor:
-        """Train on all trials so far: how to correct the logarithms of costs, float64 [units, formats].
+        """Train on all trials so far: what to add to the logarithms of every unit's costs, float64 [units].
 
-        What trials say of a tensor as a whole is taken from them as it is; the network starts from there.
+        Empirical Bayes: the network tells what is expected of every tensor before it was measured, and is trained so
+        that what was measured is likely; corrections are what is expected then.
         """
-        lessons = [_lesson(self._problem, self._graph, self.costs, one.choice, one.trial) for one in tried]
-        known = _known_of_tensors(lessons)
-        start = known[self._graph.tensor_of_unit, None]
+        lessons = [_lesson(self._problem, self._graph, one) for one in tried]
         optimizer = torch.optim.Adam(self._network.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         with track("Training the allocator", steps) as advance:
             for _ in range(steps):
-                correction = self._network(self._graph, self._log_costs, known)
-                corrected = self._corrected(start + correction.of_logarithms)
-                loss = _error(corrected, self._graph, lessons) + _ridge(correction)
+                corrections = self._network(self._graph, self._log_costs).double()
+                posterior = self._posterior(corrections, lessons)
+                loss = posterior.surprise + RIDGE * corrections.square().mean()
                 if not torch.isfinite(loss):
                     raise NumericalError(
                         "the allocator's loss is NaN or infinite; are weights huge or all zero? try another --allocator"
@@ -219,24 +227,32 @@ class _Predictor:
                 schedule.step()
                 advance()
         with torch.no_grad():
-            learnt = start + self._network(self._graph, self._log_costs, known).of_logarithms
-        tables = (self.costs, self._corrected(start), self._corrected(learnt))
-        errors = [_error(table, self._graph, lessons).item() for table in tables]
-        logger.debug("error of the estimates %.4f, by tensors %.4f, of the network %.4f", *errors)
-        return learnt
+            corrections = self._network(self._graph, self._log_costs).double()
+            posterior = self._posterior(corrections, lessons)
+        logger.debug("what trials lost surprises the network by %.2f", posterior.surprise)
+        return corrections + posterior.of_tensors[self._graph.tensor_of_unit]
 
-    def _corrected(self, logarithms: torch.Tensor) -> torch.Tensor:
-        return self.costs * logarithms.exp()
+    def _posterior(self, corrections: torch.Tensor, lessons: list[_Lesson]) -> _Posterior:
+        """What trials say of every tensor beyond the network's corrections, float64 [units].
+
+        Measured is what the network predicts, times a tensor's factor, off by a normal error: the measurement's
+        standard error, and :data:`DOUBT` of the product. The factor's logarithm is normal a priori, of mean 0 and
+        standard deviation :data:`SURPRISE`; all is reckoned on the grid of :data:`FACTORS`.
+        """
+        corrected = self.costs * corrections.exp()[:, None]
+        logarithms = torch.log_softmax(-(FACTORS / SURPRISE).square() / 2, 0)
+        for one in lessons:
+            predicted = (_tensor_costs(corrected, self._graph, one.choice) + self._negligible)[:, None]
+            product = predicted * FACTORS.exp()
+            variance = one.error[:, None].square() + (DOUBT * product).square()
+            logarithms = logarithms - ((one.loss[:, None] - product).square() / variance + variance.log()) / 2
+        return _Posterior(-logarithms.logsumexp(1).sum(), logarithms.softmax(1) @ FACTORS)
 
 
-def _lesson(
-    problem: AllocationProblem, graph: ModelGraph, costs: torch.Tensor, choice: torch.Tensor, trial: Trial
-) -> _Lesson:
-    by_linear = torch.stack([trial.losses[linear.name] for linear in problem.linears])
+def _lesson(problem: AllocationProblem, graph: ModelGraph, one: _Tried) -> _Lesson:
+    by_linear = torch.stack([one.trial.losses[linear.name] for linear in problem.linears])
     by_tensor = scatter(by_linear, problem.tensor_of_linear(), dim=0, dim_size=graph.tensors)
-    return _Lesson(
-        choice, by_tensor.mean(1), _standard_error(by_tensor), _tensor_costs(costs, graph, choice).clamp_min(1e-300)
-    )
+    return _Lesson(one.choice, by_tensor.mean(1), _standard_error(by_tensor))
 
 
 def _standard_error(samples: torch.Tensor) -> torch.Tensor:
@@ -245,36 +261,10 @@ def _standard_error(samples: torch.Tensor) -> torch.Tensor:
     return samples.std(1) / count**0.5 if count > 1 else samples.abs().squeeze(1)
 
 
-def _known_of_tensors(lessons: list[_Lesson]) -> torch.Tensor:
-    """How far the estimates of whole tensors are off, as logarithms: float64 [tensors].
-
-    The mean of all trials, each weighed by its standard error and :data:`DOUBT`, and drawn towards zero as far as
-    estimates are to be trusted.
-    """
-    total, weights = torch.zeros_like(lessons[0].loss), torch.full_like(lessons[0].loss, SURPRISE**-2)
-    for one in lessons:
-        ratio = (one.loss / one.expected).clamp_min(LEAST_RATIO)
-        weight = 1 / ((one.error / one.expected / ratio).square() + DOUBT**2)
-        total += weight * ratio.log()
-        weights += weight
-    return total / weights
-
-
 def _tensor_costs(costs: torch.Tensor, graph: ModelGraph, choice: torch.Tensor) -> torch.Tensor:
     """What every tensor loses under an assignment: float64 [tensors]."""
     chosen = costs.gather(1, choice[:, None]).squeeze(1)
     return scatter(chosen, graph.tensor_of_unit, dim=0, dim_size=graph.tensors)
-
-
-def _error(costs: torch.Tensor, graph: ModelGraph, lessons: list[_Lesson]) -> torch.Tensor:
-    """How far costs are from what trials measured, in units of the doubt."""
-    errors = [(_tensor_costs(costs, graph, one.choice) - one.loss) / one.doubt for one in lessons]
-    together = torch.stack(errors)
-    return functional.huber_loss(together, torch.zeros_like(together))
-
-
-def _ridge(correction: Correction) -> torch.Tensor:
-    return COMMON_RIDGE * correction.common.square().mean() + SPECIFIC_RIDGE * correction.specific.square().mean()
 
 
 def _normalized(costs: torch.Tensor, sizes: torch.Tensor, price: float) -> torch.Tensor:

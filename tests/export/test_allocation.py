@@ -418,6 +418,46 @@ def test_a_measurement_that_is_no_more_than_noise_moves_no_bits(linears):
     assert len(model.tried) == 1
 
 
+def corrections_of(problem: BlockProblem, trial: Trial, steps: int) -> dict[str, float]:
+    """What the network learns of one trial of the estimates' choice: the logarithms' mean correction, by linear."""
+    costs, sizes = problem.costs(), problem.sizes()
+    choice = cheapest_within(costs, sizes, problem.budget, problem.runs())
+    predictor = training._Predictor(problem, costs, sizes, choice, trial, 0)
+    learnt = predictor.learn([training._Tried(choice, predictor.costs, trial)], steps)
+    return {linear.name: float(of_linear.mean()) for linear, of_linear in problem.split(learnt)}
+
+
+def trial_of(problem: BlockProblem, factors: dict[str, float], noisy: dict[str, float]) -> Trial:
+    """Of the estimates' choice; some linears' losses are off by so many times themselves, up and down."""
+    trial = Model(problem, factors).attempt(by_hessian(problem))
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    losses = {name: loss * (1 + noisy.get(name, 0.0) * signs) for name, loss in trial.losses.items()}
+    return replace(trial, losses=losses)
+
+
+@pytest.fixture(scope="module")
+def sixty() -> list[LinearProblem]:
+    """Of two kinds, in thirty layers."""
+    kinds = list(enumerate(("attn_q", "ffn_down")))
+    return [random_linear(f"blk.{i}.{kind}", i, 16, 128, 2 * i + j) for i in range(30) for j, kind in kinds]
+
+
+def test_of_a_tensor_that_could_not_be_measured_the_network_says_what_its_likes_have_in_common(sixty):
+    """The trial itself says nothing of it."""
+    problem = problem_of(sixty, 2.4)
+    factors = {linear.name: 5.0 for linear in sixty if linear.kind == "attn_q"}
+    trial = trial_of(problem, factors, {"blk.3.attn_q": 300.0, "blk.2.ffn_down": 300.0})
+    untrained, trained = (corrections_of(problem, trial, steps) for steps in (0, 60))
+    assert abs(untrained["blk.3.attn_q"] - untrained["blk.2.ffn_down"]) < 0.01
+    assert trained["blk.3.attn_q"] - trained["blk.2.ffn_down"] > 0.1
+
+
+def test_the_more_exact_a_measurement_the_further_it_is_followed(sixty):
+    problem, name = problem_of(sixty, 2.4), "blk.2.attn_q"
+    learnt = [corrections_of(problem, trial_of(problem, {name: 4.0}, {name: noise}), 0)[name] for noise in (0, 0.5, 2)]
+    assert learnt[0] > 1.2 * learnt[1] > 1.2 * 1.2 * learnt[2] > 0
+
+
 def test_what_one_sequence_says_may_be_off_by_all_of_it():
     samples = torch.tensor([[1.0, 3.0], [5.0, 5.0]], dtype=torch.float64)
     assert training._standard_error(samples).tolist() == pytest.approx([1.0, 0.0])
@@ -505,10 +545,9 @@ def test_one_network_runs_on_models_of_any_size():
         units = len(graph.tensor_of_unit)
         log_costs = torch.randn(units, 5, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            correction = network(graph, log_costs, torch.randn(graph.tensors))
-        assert correction.common.shape == (units, 1) and correction.specific.shape == (units, 5)
-        for part in (correction.common, correction.specific):
-            assert torch.isfinite(part).all() and part.std() > 0
+            corrections = network(graph, log_costs)
+        assert corrections.shape == (units,)
+        assert torch.isfinite(corrections).all() and corrections.std() > 0
 
 
 def test_features_do_not_depend_on_the_scale_of_weights_and_activations():
