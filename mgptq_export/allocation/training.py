@@ -207,7 +207,7 @@ class _Predictor:
         """Train on all trials so far: what to add to the logarithms of every unit's costs, float64 [units].
 
         Empirical Bayes: the network tells what is expected of every tensor before it was measured, and is trained so
-        that what was measured is likely; corrections are what is expected then.
+        that what was measured is likely; corrections are what is expected after it.
         """
         lessons = [_lesson(self._problem, self._graph, one) for one in tried]
         optimizer = torch.optim.Adam(self._network.parameters(), lr=LEARNING_RATE)
