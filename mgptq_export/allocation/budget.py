@@ -87,8 +87,10 @@ def cheapest_within(
     Raises:
         BudgetError, NumericalError: see :func:`price_for`.
     """
+    if runs is None:
+        runs = torch.ones(len(costs), dtype=torch.int64)
     choice = choose(costs, sizes, price_for(costs, sizes, budget, runs), runs)
-    starts = set(range(len(choice) + 1)) if runs is None else {0, *runs.cumsum(0).tolist()}
+    starts = {0, *runs.cumsum(0).tolist()}
     left = budget - total_size(choice, sizes)
     upgrades: list[tuple[float, int, int, int]] = []
 

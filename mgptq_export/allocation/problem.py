@@ -135,7 +135,7 @@ class BlockProblem:
 
     def split(self, units: torch.Tensor) -> Iterator[tuple[LinearProblem, torch.Tensor]]:
         """Cut a tensor [units, ...] into one [blocks, ...] per linear."""
-        yield from zip(self.linears, units.split([linear.blocks for linear in self.linears]), strict=True)
+        yield from zip(self.linears, units.split(self.runs().tolist()), strict=True)
 
     def allocation(self, choice: torch.Tensor) -> Allocation:
         """Name the chosen formats, int64 [units]."""

@@ -76,17 +76,6 @@ class _Lesson:
 
 
 @dataclass(frozen=True)
-class _Posterior:
-    """Attributes:
-    surprise: minus the logarithm of how likely the trials' losses were, up to a constant.
-    of_tensors: logarithms of the factors that tensors are expected to be off by, float64 [tensors].
-    """
-
-    surprise: torch.Tensor
-    of_tensors: torch.Tensor
-
-
-@dataclass(frozen=True)
 class _Tried:
     """An assignment that was tried.
 
@@ -214,9 +203,7 @@ class _Predictor:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         with track("Training the allocator", steps) as advance:
             for _ in range(steps):
-                corrections = self._network(self._graph, self._log_costs).double()
-                posterior = self._posterior(corrections, lessons)
-                loss = posterior.surprise + RIDGE * corrections.square().mean()
+                loss, _ = self._expected(lessons)
                 if not torch.isfinite(loss):
                     raise NumericalError(
                         "the allocator's loss is NaN or infinite; are weights huge or all zero? try another --allocator"
@@ -227,26 +214,31 @@ class _Predictor:
                 schedule.step()
                 advance()
         with torch.no_grad():
-            corrections = self._network(self._graph, self._log_costs).double()
-            posterior = self._posterior(corrections, lessons)
-        logger.debug("what trials lost surprises the network by %.2f", posterior.surprise)
-        return corrections + posterior.of_tensors[self._graph.tensor_of_unit]
+            loss, corrections = self._expected(lessons)
+        logger.debug("the network's loss: %.2f", loss)
+        return corrections
 
-    def _posterior(self, corrections: torch.Tensor, lessons: list[_Lesson]) -> _Posterior:
-        """What trials say of every tensor beyond the network's corrections, float64 [units].
+    def _expected(self, lessons: list[_Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The network's loss, and corrections by its answer and by what trials say beyond it: float64 [units].
+
+        The loss is minus the logarithm of how likely it is, up to a constant, that trials lost what they did; and
+        :data:`RIDGE`.
 
         Measured is what the network predicts, times a tensor's factor, off by a normal error: the measurement's
         standard error, and :data:`DOUBT` of the product. The factor's logarithm is normal a priori, of mean 0 and
         standard deviation :data:`SURPRISE`; all is reckoned on the grid of :data:`FACTORS`.
         """
-        corrected = self.costs * corrections.exp()[:, None]
+        answer = self._network(self._graph, self._log_costs).double()
+        corrected = self.costs * answer.exp()[:, None]
         logarithms = torch.log_softmax(-(FACTORS / SURPRISE).square() / 2, 0)
         for one in lessons:
             predicted = (_tensor_costs(corrected, self._graph, one.choice) + self._negligible)[:, None]
             product = predicted * FACTORS.exp()
             variance = one.error[:, None].square() + (DOUBT * product).square()
             logarithms = logarithms - ((one.loss[:, None] - product).square() / variance + variance.log()) / 2
-        return _Posterior(-logarithms.logsumexp(1).sum(), logarithms.softmax(1) @ FACTORS)
+        of_tensors = logarithms.softmax(1) @ FACTORS
+        loss = RIDGE * answer.square().mean() - logarithms.logsumexp(1).sum()
+        return loss, answer + of_tensors[self._graph.tensor_of_unit]
 
 
 def _lesson(problem: AllocationProblem, graph: ModelGraph, one: _Tried) -> _Lesson:

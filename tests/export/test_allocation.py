@@ -188,6 +188,12 @@ def small_problem(seed: int, units: int = 6) -> tuple[torch.Tensor, torch.Tensor
     return steps.flip(1).cumsum(1).flip(1), sizes
 
 
+def budget_between(sizes: torch.Tensor, share: float) -> int:
+    """A share of the way from the smallest formats to the largest."""
+    low, high = int(sizes.min(1).values.sum()), int(sizes.max(1).values.sum())
+    return low + int(share * (high - low))
+
+
 def cost_and_size(choice: torch.Tensor, costs: torch.Tensor, sizes: torch.Tensor) -> tuple[float, int]:
     unit = torch.arange(len(choice))
     return float(costs[unit, choice].sum()), int(sizes[unit, choice].sum())
@@ -204,8 +210,7 @@ def optimum(costs: torch.Tensor, sizes: torch.Tensor, budget: int) -> float:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.7, 1.0])
 def test_the_choice_fits_and_is_within_one_unit_of_the_optimum(seed, share):
     costs, sizes = small_problem(seed)
-    low, high = int(sizes.min(1).values.sum()), int(sizes.max(1).values.sum())
-    budget = low + int(share * (high - low))
+    budget = budget_between(sizes, share)
     choice = cheapest_within(costs, sizes, budget)
     cost, size = cost_and_size(choice, costs, sizes)
     assert size <= budget
@@ -217,8 +222,7 @@ def test_the_choice_fits_and_is_within_one_unit_of_the_optimum(seed, share):
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.7])
 def test_what_is_left_over_buys_no_upgrade(seed, share):
     costs, sizes = small_problem(seed)
-    low, high = int(sizes.min(1).values.sum()), int(sizes.max(1).values.sum())
-    budget = low + int(share * (high - low))
+    budget = budget_between(sizes, share)
     choice = cheapest_within(costs, sizes, budget)
     left = budget - cost_and_size(choice, costs, sizes)[1]
     extra = sizes - sizes[torch.arange(len(choice)), choice][:, None]
@@ -259,8 +263,7 @@ def test_a_block_that_wants_more_than_the_one_before_it_draws_that_one_along():
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.7, 1.0])
 def test_what_is_left_over_buys_no_upgrade_that_would_not_rise(seed, share):
     costs, sizes = small_problem(seed)
-    low, high = int(sizes.min(1).values.sum()), int(sizes.max(1).values.sum())
-    budget = low + int(share * (high - low))
+    budget = budget_between(sizes, share)
     choice = cheapest_within(costs, sizes, budget, RUNS)
     left = budget - cost_and_size(choice, costs, sizes)[1]
     assert descends(choice) and left >= 0
@@ -406,13 +409,15 @@ def test_what_one_trial_says_of_a_tensor_is_proposed_next(linears):
     assert second < 0.8 * first
 
 
+UP_AND_DOWN = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+
+
 def test_a_measurement_that_is_no_more_than_noise_moves_no_bits(linears):
     model = Model(problem_of(linears, 2.4), {"blk.1.attn_q": 12.0})
-    noise = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
 
     def noisy(allocation: Allocation) -> Trial:
         trial = model.attempt(allocation)
-        return replace(trial, losses={name: losses * (1 + 300 * noise) for name, losses in trial.losses.items()})
+        return replace(trial, losses={name: losses * (1 + 300 * UP_AND_DOWN) for name, losses in trial.losses.items()})
 
     allocate_by_gnn(model.problem, noisy, 2, 0, 0)
     assert len(model.tried) == 1
@@ -430,8 +435,7 @@ def corrections_of(problem: BlockProblem, trial: Trial, steps: int) -> dict[str,
 def trial_of(problem: BlockProblem, factors: dict[str, float], noisy: dict[str, float]) -> Trial:
     """Of the estimates' choice; some linears' losses are off by so many times themselves, up and down."""
     trial = Model(problem, factors).attempt(by_hessian(problem))
-    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    losses = {name: loss * (1 + noisy.get(name, 0.0) * signs) for name, loss in trial.losses.items()}
+    losses = {name: loss * (1 + noisy.get(name, 0.0) * UP_AND_DOWN) for name, loss in trial.losses.items()}
     return replace(trial, losses=losses)
 
 

@@ -295,12 +295,13 @@ def test_people_see_every_part(packages, text, monkeypatch):
         assert seen in result.stdout
 
 
-def test_people_see_so_many_linears_at_most(packages, found, monkeypatch):
+def test_people_see_ten_linears_at_most(container_only, even_model, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("mgptq_export.comparison_tables.LINEARS_SHOWN", 5)
-    linears = found["layouts"]["columns"]["allocation"]["linears"]
-    assert sum(one["a"] != one["b"] for one in linears) > 5
-    assert invoke(*packages, "--tokens", 0).stdout.count("blk.") == 5
+    packages = container_only, tmp_path / "out"
+    pipeline.run(str(even_model), packages[1], replace(QUICKEST, bits=6.0), ["container"])
+    linears = compare_packages(*packages, tokens=0)["layouts"]["columns"]["allocation"]["linears"]
+    assert sum(one["a"] != one["b"] for one in linears) > 10
+    assert invoke(*packages, "--tokens", 0).stdout.count("blk.") == 10
 
 
 def test_people_see_texts_that_are_the_same_once(packages, monkeypatch):

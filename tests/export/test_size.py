@@ -74,6 +74,13 @@ def room_for_a_larger_type(package: Path) -> int:
     return int(min(found))
 
 
+def room_for_more_segments(model: Path, package: Path) -> int:
+    """Bytes that the graph would take if every linear had all formats, and does not."""
+    files = planned_at(model, ["onnx"], bits=3.0)["onnx"]["files"]
+    most = next(file["most"] for file in files if file["path"] == "onnx/model.onnx")
+    return most - (package / "onnx/model.onnx").stat().st_size
+
+
 # What a size is
 
 
@@ -155,9 +162,12 @@ def test_model_files_fit_in_the_size_and_use_it(request, tmp_path, name, targets
     assert all(found <= size for found in delivered.values())
     for layout in {TARGETS[target].layout.name for target in targets}:
         sharing = [delivered[target] for target in targets if TARGETS[target].layout.name == layout]
-        coarse = room_for_a_larger_type(tmp_path / "out") if layout == "tensors" else 0
-        # In so small a graph, nodes for the segments that linears might have and do not are three per cent.
-        assert max(sharing) >= size * (0.96 if targets == ["onnx"] else 0.97) - coarse
+        room = 0
+        if layout == "tensors":
+            room = room_for_a_larger_type(tmp_path / "out")
+        elif targets == ["onnx"]:
+            room = room_for_more_segments(model, tmp_path / "out")
+        assert max(sharing) + room >= size * (0.99 if targets == ["onnx"] else 0.97)
         bits = manifest["layouts"][layout]["bits"]
         assert bits["stored"] <= bits["requested"]
     assert manifest["size"] == {"requested": size}
