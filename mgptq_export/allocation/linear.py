@@ -9,10 +9,12 @@ from torch.nn.functional import pad
 from mgptq_export.compute import pieces
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS, padded_columns
 
-__all__ = ["InputColumns", "LinearProblem", "beyond_quadratic", "strongest_edges"]
+__all__ = ["InputColumns", "LinearProblem", "expected_loss", "strongest_edges"]
 
 NEIGHBOURS = 8
 
+# Hessians are twice the mean of products, and a divergence is half of what the Fisher information makes of an error.
+NATS_OF_ERROR = 0.25
 LARGE_ERROR_FACTOR = 5.0
 # Weights whose errors are estimated together.
 NUMBERS_AT_ONCE = 1 << 20
@@ -154,14 +156,14 @@ def strongest_edges(upper: torch.Tensor, neighbours: int) -> tuple[torch.Tensor,
     return torch.stack([sources.flatten(), targets.flatten()]), weights.flatten()
 
 
-def beyond_quadratic(errors: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:
-    """Correct quadratic estimates for errors that are large beside the block itself.
+def expected_loss(errors: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:
+    """KL(original || quantized) in nats per token, by the errors of single units: float64 [units, formats].
 
     The Fisher information is the curvature at the original weights; the further a block is moved, the more the loss
-    exceeds it. Measured on a development text, this factor makes one-bit blocks as rare as they should be.
+    exceeds it. Measured on a development text, the factor for that makes one-bit blocks as rare as they should be.
 
     Args:
-        errors: float64 [units, formats].
-        energies: float64 [units], see :meth:`AllocationProblem.energies`.
+        errors: ``sum_r F_r sum_c (w - q)^2 / U_cc^2``, float64 [units, formats].
+        energies: the same, were a unit dropped: float64 [units].
     """
-    return errors * (1.0 + LARGE_ERROR_FACTOR * errors / energies.clamp_min(1e-300)[:, None])
+    return NATS_OF_ERROR * errors * (1.0 + LARGE_ERROR_FACTOR * errors / energies.clamp_min(1e-300)[:, None])

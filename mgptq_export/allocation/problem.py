@@ -11,13 +11,13 @@ from typing import Protocol
 
 import torch
 
-from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
+from mgptq_export.allocation.linear import LinearProblem, expected_loss
 from mgptq_export.distributed import ALONE, World
 from mgptq_export.solver import grid_of, search_scales
 from mgptq_runtime.formats import BLOCK_COLUMNS
 from mgptq_runtime.progress import track
 
-__all__ = ["Allocation", "AllocationProblem", "BlockProblem", "energies_of", "quadratic_costs"]
+__all__ = ["Allocation", "AllocationProblem", "BlockProblem", "energies_of", "errors_of"]
 
 Allocation = dict[str, tuple[str, ...]]
 """The format of every block, by linear; a single one where the whole linear has it."""
@@ -52,7 +52,7 @@ class AllocationProblem(Protocol):
         ...
 
     def costs(self) -> torch.Tensor:
-        """Estimated increase of the model's loss by every unit in every format: float64 [units, formats]."""
+        """Estimated KL(original || quantized) by every unit, nats per token: float64 [units, formats]."""
         ...
 
     def positions(self) -> torch.Tensor:
@@ -146,24 +146,24 @@ class BlockProblem:
         return sum(linear.block_bits(fmt) for linear in self.linears for fmt in allocation[linear.name])
 
     def energies(self) -> torch.Tensor:
-        """What every block would lose if it were dropped, on the scale of :meth:`costs`: float64 [units]."""
+        """Errors of blocks that are dropped, see :func:`expected_loss`: float64 [units]."""
         return torch.cat(list(map(energies_of, self.linears)))
 
     def costs(self) -> torch.Tensor:
-        """Estimated increase of the model's loss by every block in every format: float64 [units, formats].
+        """Estimated KL(original || quantized) by every block, nats per token: float64 [units, formats].
 
         ``sum_r F_r sum_c (w - q)^2 / U_cc^2`` over the rows and columns of a block, rounding to nearest: GPTQ's
         error of the layer, its rows weighted by the Fisher information of the linear's outputs; then
-        :func:`beyond_quadratic`.
+        :func:`expected_loss`.
         """
         if self.estimated is not None:
             return self.estimated
         table = []
         with track("Estimating what each block loses", len(self.linears)) as advance:
-            for costs in self.world.map(partial(quadratic_costs, formats=self.formats), self.linears):
+            for costs in self.world.map(partial(errors_of, formats=self.formats), self.linears):
                 table.append(costs)
                 advance()
-        return beyond_quadratic(torch.cat(table), self.energies())
+        return expected_loss(torch.cat(table), self.energies())
 
 
 def energies_of(linear: LinearProblem) -> torch.Tensor:
@@ -175,8 +175,8 @@ def energies_of(linear: LinearProblem) -> torch.Tensor:
     return total.cpu()
 
 
-def quadratic_costs(linear: LinearProblem, formats: Sequence[str]) -> torch.Tensor:
-    """The quadratic part of :meth:`BlockProblem.costs`, of one linear's blocks: float64 [blocks, formats]."""
+def errors_of(linear: LinearProblem, formats: Sequence[str]) -> torch.Tensor:
+    """Errors of one linear's blocks, see :func:`expected_loss`: float64 [blocks, formats]."""
     device = linear.unordered.device
     total = torch.zeros(linear.blocks, len(formats), dtype=torch.float64, device=device)
     for weight, importance, sensitivity in linear.in_blocks():

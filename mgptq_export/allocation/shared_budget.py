@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from mgptq_export.allocation.budget import cheapest_within
-from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
-from mgptq_export.allocation.problem import Allocation, BlockProblem, energies_of, quadratic_costs
+from mgptq_export.allocation.linear import LinearProblem, expected_loss
+from mgptq_export.allocation.problem import Allocation, BlockProblem, energies_of, errors_of
 
 __all__ = ["TableProblem", "share_budget"]
 
@@ -30,8 +30,8 @@ class TableProblem:
 
     def costs(self, formats: Sequence[str]) -> torch.Tensor:
         """As :meth:`mgptq_export.allocation.problem.BlockProblem.costs`: float64 [blocks, formats]."""
-        quadratic = torch.stack([quadratic_costs(use, formats) for use in self.uses]).sum(0)
-        return beyond_quadratic(quadratic, torch.stack([energies_of(use) for use in self.uses]).sum(0))
+        errors = torch.stack([errors_of(use, formats) for use in self.uses]).sum(0)
+        return expected_loss(errors, torch.stack([energies_of(use) for use in self.uses]).sum(0))
 
 
 def share_budget(problem: BlockProblem, tables: Sequence[TableProblem]) -> tuple[Allocation, torch.Tensor, int]:

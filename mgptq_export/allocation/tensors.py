@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from mgptq_export.allocation.linear import LinearProblem, beyond_quadratic
+from mgptq_export.allocation.linear import LinearProblem, expected_loss
 from mgptq_export.allocation.problem import Allocation
 from mgptq_export.distributed import ALONE, World
 from mgptq_export.solver import tensor_error
@@ -105,11 +105,11 @@ class TensorProblem:
         return sum(_tensor_bits(linear, allocation[linear.name][0]) for linear in self.linears)
 
     def energies(self) -> torch.Tensor:
-        """What every tensor would lose if it were dropped, on the scale of :meth:`costs`: float64 [units]."""
+        """Errors of tensors that are dropped, see :func:`expected_loss`: float64 [units]."""
         return torch.tensor([sum(_energy(linear) for linear in self._members(t)) for t in self.tensors]).double()
 
     def costs(self) -> torch.Tensor:
-        """Estimated increase of the model's loss by every tensor in every type: float64 [units, types].
+        """Estimated KL(original || quantized) by every tensor, nats per token: float64 [units, types].
 
         As :meth:`mgptq_export.allocation.problem.BlockProblem.costs`, summed over the tensor.
         """
@@ -118,10 +118,10 @@ class TensorProblem:
             for known, options in zip(self.world.map(self._costs_of, self.tensors), self.options, strict=True):
                 table.append([known[name] for name in options])
                 advance()
-        return beyond_quadratic(torch.tensor(table, dtype=torch.float64), self.energies())
+        return expected_loss(torch.tensor(table, dtype=torch.float64), self.energies())
 
     def _costs_of(self, tensor: FileTensor) -> dict[str, float]:
-        """The quadratic part, by type."""
+        """Errors by type, see :func:`expected_loss`."""
         return {name: sum(_rounding_loss(x, name) for x in self._members(tensor)) for name in tensor.formats}
 
 

@@ -22,9 +22,10 @@ from mgptq_export.allocation import (
 from mgptq_export.allocation import linear as linear_module
 from mgptq_export.allocation.budget import cheapest_within, choose, price_for
 from mgptq_export.allocation.column_graph import FEATURES, build_graphs
-from mgptq_export.allocation.linear import InputColumns, beyond_quadratic, strongest_edges
+from mgptq_export.allocation.linear import InputColumns, expected_loss, strongest_edges
 from mgptq_export.allocation.network import AllocatorNetwork
-from mgptq_export.solver import factorize
+from mgptq_export.allocation.problem import COST_CANDIDATES
+from mgptq_export.solver import factorize, grid_of, search_scales
 from mgptq_runtime.errors import BudgetError, NumericalError
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS
 
@@ -165,8 +166,31 @@ def test_a_table_costs_what_a_linear_of_its_kind_costs(monkeypatch):
 def test_an_error_counts_for_more_the_larger_it_is_beside_what_it_is_an_error_of(monkeypatch):
     """Of a tenth and two fifths of the energy, with the factor that docs/method.md has."""
     monkeypatch.setattr(linear_module, "LARGE_ERROR_FACTOR", SHIPPED_LARGE_ERROR_FACTOR)
-    corrected = beyond_quadratic(torch.tensor([[1.0, 4.0]]), torch.tensor([10.0]))
-    assert torch.allclose(corrected, torch.tensor([[1.5, 12.0]]))
+    corrected = expected_loss(torch.tensor([[1.0, 4.0]]), torch.tensor([10.0]))
+    assert torch.allclose(corrected, torch.tensor([[1.5, 12.0]]) / 4)
+
+
+def test_costs_are_the_divergence_in_nats():
+    """Of a softmax over a linear's outputs, whose columns do not compensate for one another."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(20_000, 64, generator=generator) * torch.linspace(0.5, 2.0, 64)
+    weight = 0.1 * torch.randn(40, 64, generator=generator)
+    probabilities = (inputs @ weight.t()).softmax(1)
+    linear = LinearProblem(
+        "output",
+        0,
+        1,
+        weight,
+        torch.arange(64),
+        InputColumns.apart(2 * inputs.square().mean(0)),
+        (probabilities * (1 - probabilities)).mean(0),
+    )
+    costs = BlockProblem([linear], ("b4",), 0).costs()
+    grid = grid_of("b4")
+    scales = search_scales(weight, linear.inputs.importance, grid, COST_CANDIDATES)[0][:, None]
+    quantized = scales * grid.round(weight / scales)
+    lost = probabilities * ((inputs @ weight.t()).log_softmax(1) - (inputs @ quantized.t()).log_softmax(1))
+    assert float(costs) == pytest.approx(float(lost.sum(1).mean()), rel=0.05)
 
 
 def test_columns_that_matter_nothing_may_lose_everything():
