@@ -61,6 +61,9 @@ Repairs = dict[str, dict[str, Any]]
 """What had to be mended, by input group: ``damping``, where the Hessian needed more than the recipe's; how many
 ``dead_columns`` never had any input; how many ``scales_at_limit`` would not fit a float16, or belong to zeros."""
 
+Targets = dict[str, torch.Tensor]
+"""What each linear's weight was rounded from, the drift of what it reads being corrected: float16 [rows, columns]."""
+
 Tables = tuple[QuantizedLinear, QuantizedLinear | None]
 """Embedding and head; None where these are one matrix."""
 
@@ -158,14 +161,25 @@ def try_allocation(
         what was lost, the copy, and what its weights were made from.
     """
     working = source.copy()
+    targets: Targets | None = None
     if recipe.drift_correction:
-        text = _unseen(calibration)
-        model = solve(working, text, allocated, recipe, layout, original=source, journal=journal, tables=tables)
+        text, targets = _unseen(calibration), {}
+        model = solve(
+            working,
+            text,
+            allocated,
+            recipe,
+            layout,
+            original=source,
+            journal=journal,
+            tables=tables,
+            targets=targets,
+        )
     else:
         # To go over codes again would lower what all allocations lose, and take as long as the trial.
         plain = replace(recipe, descent_sweeps=0)
         model = solve(working, calibration, allocated, plain, layout, propagate=False, tables=tables)
-    attribution = attribute(source, working, calibration.held_out)
+    attribution = attribute(source, working, calibration.held_out, targets)
     return Trial(attribution.divergence, attribution.losses), working, model
 
 
@@ -303,6 +317,7 @@ def solve(
     journal: Journal = FORGETFUL,
     repairs: Repairs | None = None,
     tables: Tables | None = None,
+    targets: Targets | None = None,
 ) -> QuantizedModel:
     """Quantize the weights, layer after layer.
 
@@ -316,6 +331,7 @@ def solve(
         journal: with ``propagate``, input groups that have been quantized before, and where to keep those that are now.
         repairs: gets what had to be mended.
         tables: embedding and head, where they have been solved before.
+        targets: with ``propagate``, gets what weights were rounded from, which ``journal`` then holds, too.
     """
     repairs = {} if repairs is None else repairs
     follows = propagate and not all(group.name in journal for group in source.groups())
@@ -333,7 +349,11 @@ def solve(
         assert flow, group.name
         measured = flow.measure(index, group)
         _correct_drift(group, measured, recipe.drift_correction, calibration.tokens.numel())
-        return _solve_group(group, measured.hessian, allocated, recipe, layout, source.world)
+        record = _solve_group(group, measured.hessian, allocated, recipe, layout, source.world)
+        if targets is None:
+            return record
+        rounded_from = {_target(name): module.weight.half().cpu().numpy() for name, module in group.modules.items()}
+        return Record({**record.arrays, **rounded_from}, record.facts)
 
     def solved_apart(index: int) -> list[Record]:
         hessians = ((group, calibration.statistics.groups[group.name].hessian) for group in source.layer_groups(index))
@@ -355,6 +375,8 @@ def solve(
                 records = iter(next(apart))
             for group, record in zip(modules, records, strict=True):
                 groups.append(_replace_group(source, group, record))
+                if targets is not None:
+                    targets |= {name: torch.from_numpy(record.arrays[_target(name)]) for name in group.modules}
                 repairs |= {group.name: record.facts["repairs"]} if record.facts["repairs"] else {}
             report(f"{bits_stored(groups):.4f} stored bits so far")
             if flow:
@@ -362,6 +384,11 @@ def solve(
             source.memory.release_weights(source.layers[index])
             advance()
     return _quantized_model(source, groups, embedding, head)
+
+
+def _target(linear: str) -> str:
+    """Where a record has what a linear was rounded from."""
+    return f"{linear}.target"
 
 
 def _correct_drift(group: GroupModules, measured: Measured, share: float, tokens: int) -> None:

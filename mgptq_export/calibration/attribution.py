@@ -1,5 +1,6 @@
 """How much of a quantized model's loss is each linear's doing."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -25,31 +26,40 @@ TOKENS_AT_ONCE = 1024
 class Attribution:
     """Attributes:
     divergence: KL(original || quantized) in nats per token.
-    losses: for every linear what its error costs of that, float64 [sequences]; of a sum of squares, so that together
-        with embedding and head they come to about the divergence.
+    losses: for every linear what its rounding costs of that, float64 [sequences]; of a sum of squares, so that
+        together with embedding, head, and what was changed before rounding they come to about the divergence.
     """
 
     divergence: float
     losses: dict[str, torch.Tensor]
 
 
-def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tensor) -> Attribution:
+def attribute(
+    original: SourceModel,
+    quantized: SourceModel,
+    tokens: torch.Tensor,
+    targets: Mapping[str, torch.Tensor] | None = None,
+) -> Attribution:
     """Measure a quantized model, and share the loss out among its linears.
 
-    With W the original weight of a linear and Q the quantized one, the loss changes by ``<dL/dQ, W - Q>`` to first
-    order when W is put back. L being near its minimum at the original weights, it is about a quadratic form of all
-    errors, of which half of that is the linear's part, its interplay with the errors of all others included.
+    With T what a linear's weight was rounded from, its original one or one that makes up for drift, and Q the
+    quantized one, the loss changes by ``<dL/dQ, T - Q>`` to first order when T is put back. L being near its minimum
+    at the original weights, it is about a quadratic form of all differences from them, of which half of that is the
+    part of the linear's rounding, its interplay with all others' included.
 
     Args:
         original: the model.
         quantized: the same with dequantized weights.
         tokens: int64 [sequences, length].
+        targets: T by linear, float [rows, columns] on any device; None: the original weights.
 
     Raises:
         NumericalError: a loss is NaN or infinite.
     """
     device = quantized.model.device
     dtype = compute_dtype(device)
+    if targets is None:
+        targets = {name: module.weight for group in original.groups() for name, module in group.modules.items()}
     names = [name for group in quantized.groups() for name in group.modules]
     losses = torch.zeros(len(names), len(tokens), dtype=torch.float64)
     parts = batches(tokens, TOKENS_AT_ONCE, quantized.tokens_at_once and quantized.tokens_at_once // 2)
@@ -59,31 +69,32 @@ def attribute(original: SourceModel, quantized: SourceModel, tokens: torch.Tenso
     mine = quantized.world.share([(place, *pair) for place, pair in enumerate(pairs)])
     with track("Measuring the quantized model", len(mine)) as advance:
         for place, batch, part in mine:
-            with _watched(original, quantized, part), recomputing(quantized), computing_in(dtype, device):
+            with _watched(quantized, targets, part), recomputing(quantized), computing_in(dtype, device):
                 divergences[place] = _go_back(original.model, quantized.model, heads, batch.to(device))
             advance()
     quantized.world.sum_(losses, divergences)  # exact: what other ranks measure is zero here
     return Attribution(sum(divergences.tolist()) / len(tokens), dict(zip(names, losses, strict=True)))
 
 
-def _watched(original: SourceModel, quantized: SourceModel, losses: torch.Tensor) -> AbstractContextManager[None]:
+def _watched(
+    quantized: SourceModel, targets: Mapping[str, torch.Tensor], losses: torch.Tensor
+) -> AbstractContextManager[None]:
     """Fill ``losses`` [linears, sequences] on the way back of a batch."""
-    befores = [module for group in original.groups() for module in group.modules.values()]
-    afters = [module for group in quantized.groups() for module in group.modules.values()]
+    modules = {name: module for group in quantized.groups() for name, module in group.modules.items()}
     return hooked(
-        after.register_forward_hook(_share(before, after, row))
-        for before, after, row in zip(befores, afters, losses, strict=True)
+        module.register_forward_hook(_share(targets[name], row))
+        for (name, module), row in zip(modules.items(), losses, strict=True)
     )
 
 
-def _share(before: Any, after: Any, row: torch.Tensor) -> Any:
+def _share(target: torch.Tensor, row: torch.Tensor) -> Any:
     """A forward hook that fills ``row`` [sequences] on the way back."""
 
-    def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def watch(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x = inputs[0].detach()
 
         def add(gradient: torch.Tensor) -> None:
-            difference: torch.Tensor = after.weight - before.weight
+            difference: torch.Tensor = module.weight - target.to(module.weight)
             error = nn.functional.linear(x.to(gradient.dtype), difference.to(gradient.dtype))
             row.copy_(0.5 * (error.float() * gradient.float()).sum((1, 2)))
 

@@ -386,6 +386,24 @@ def test_the_loss_is_that_of_the_linear_with_the_error(source, tokens, name):
     assert all(len(losses) == len(tokens) for losses in found.losses.values())
 
 
+def test_only_what_was_lost_by_rounding_counts_where_weights_had_been_changed_before(source, tokens):
+    """A quarter of each linear's error was there before it was rounded, of one linear all of it."""
+    quantized = disturbed(source, 0.02)
+    pairs = zip(source.groups(), quantized.groups(), strict=True)
+    weights = {
+        name: (module.weight, after.modules[name].weight)
+        for before, after in pairs
+        for name, module in before.modules.items()
+    }
+    targets = {name: 0.75 * before + 0.25 * after for name, (before, after) in weights.items()}
+    targets["blk.0.attn_v"] = weights["blk.0.attn_v"][1].half()
+    whole, rounding = attribute(source, quantized, tokens), attribute(source, quantized, tokens, targets)
+    assert rounding.divergence == whole.divergence
+    for name, losses in rounding.losses.items():
+        wanted = (0.0 if name == "blk.0.attn_v" else 0.75) * whole.losses[name]
+        assert torch.allclose(losses, wanted, rtol=1e-3, atol=1e-3 * whole.divergence), name
+
+
 def test_a_model_that_was_quantized_to_no_numbers_is_an_error(source, tokens):
     broken = source.copy()
     broken.groups()[0].modules["blk.0.attn_v"].weight.data[0] = torch.nan

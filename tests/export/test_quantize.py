@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from small_runs import RECIPE, Quantized
 from tiny_models import write_llama
 
-from mgptq_export.allocation import training
-from mgptq_export.allocation.problem import quadratic_costs
+from mgptq_export.allocation import Decision, training
+from mgptq_export.allocation.problem import errors_of
 from mgptq_export.calibration import FIRST_TOKEN_WEIGHT, attribute, collect_statistics
 from mgptq_export.checkpoint import read_checkpoint, write_checkpoint
 from mgptq_export.journal import FORGETFUL, Journal
-from mgptq_export.layouts import COLUMNS, columns
+from mgptq_export.layouts import COLUMNS, Allocated, columns
 from mgptq_export.layouts.columns import ColumnLayout
 from mgptq_export.models import SourceModel, load_quantized_weights, load_shape, load_source
-from mgptq_export.quantize import calibrate, quantize, round_to_nearest
+from mgptq_export.quantize import calibrate, quantize, round_to_nearest, try_allocation
 from mgptq_runtime.errors import BadInputError, BudgetError, NumericalError, PackageError, UnsupportedModelError
 from mgptq_runtime.formats import FORMATS
 from mgptq_runtime.quantized_model import QuantizedModel
@@ -146,6 +146,29 @@ def test_a_trial_goes_through_the_layers_as_the_solution_will(even_model):
     unseen = replace(calibration, tokens=calibration.tokens[2:])
     quantize(working, replace(recipe, allocator="hessian"), calibration=unseen)
     assert first == pytest.approx(attribute(original, working, calibration.held_out).divergence, rel=1e-6)
+
+
+def test_a_trial_tells_rounding_from_what_makes_up_for_drift(even_model, tmp_path, monkeypatch):
+    """With eight bits for all linears and two for the embedding, drift is more than they lose themselves."""
+    source = load_source(str(even_model))
+    recipe = replace(RECIPE, samples=16, own_samples=0, drift_correction=0.5, descent_sweeps=0)
+    calibration = calibrate(source, recipe)
+    seen = []
+
+    def seeing(original, quantized, tokens, targets):
+        seen.append({name: target.float() for name, target in targets.items()})
+        return attribute(original, quantized, tokens, targets)
+
+    monkeypatch.setattr("mgptq_export.quantize.attribute", seeing)
+    formats = {name: ("b8",) * -(-group.columns // 64) for group in source.groups() for name in group.modules}
+    allocated = Allocated(Decision(formats), calibration.orders, columns.tables_of_one_format(source, "b2"), 8.5)
+    trial, working, _ = try_allocation(source, calibration, recipe, COLUMNS, allocated, journal=Journal(tmp_path))
+    name = "blk.1.ffn_down"
+    before, after = parameter(source, name), parameter(working, name)
+    assert (after - seen[0][name]).norm() < 0.5 * (after - before).norm()
+    again, _, _ = try_allocation(source, calibration, recipe, COLUMNS, allocated, journal=Journal(tmp_path))
+    assert all(torch.equal(losses, again.losses[name]) for name, losses in trial.losses.items())
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in trial.losses)
 
 
 # The budget
@@ -325,7 +348,7 @@ def test_an_embeddings_error_costs_what_the_same_error_of_a_head_does(even_model
     )
     calibration = replace(calibration, statistics=replace(calibration.statistics, head=alike))
     (table,) = columns.table_problems(source, calibration, replace(RECIPE, damping=1e-6))
-    as_head, as_embedding = (quadratic_costs(use, ("b2", "b4")) for use in table.uses)
+    as_head, as_embedding = (errors_of(use, ("b2", "b4")) for use in table.uses)
     assert as_head.min() > 0
     assert torch.allclose(as_head, as_embedding, rtol=1e-3)
 
