@@ -30,9 +30,7 @@ SURPRISE = 1.0
 FACTORS = torch.linspace(-6, 6, 241, dtype=torch.float64)
 # A tensor's part of the loss below which it does not matter how far off its prediction is.
 NEGLIGIBLE = 1e-9
-# How far the first proposal follows the network: the exponent of its corrections. All of them at once is too far from
-# what was tried: they are told apart by tensors only, and by those formats that were tried.
-FIRST_STEP = 0.5
+# A step is how far a proposal follows the network: the exponent of its corrections. The first goes all of the way.
 STEP_AFTER_GAIN, STEP_AFTER_LOSS, SHORTER_STEPS = 1.5, 0.5, 3
 # What the mean square of the network's corrections costs, beside the surprise of all tensors together.
 RIDGE = 100.0
@@ -97,8 +95,8 @@ def allocate_by_gnn(
 
     The first trial is the untrained network's, that of the estimated costs. After every trial the network learns to
     predict what each tensor lost, and what it could not predict is taken from the trials as far as they are to be
-    trusted; proposed is the cheapest assignment by the costs that are corrected so: half of the way at first, further
-    after a trial that was the best so far, less far after one that was not.
+    trusted; proposed is the cheapest assignment by the costs that are corrected so: all of the way at first, less far
+    after a trial that was not the best so far, further after one that was.
 
     Args:
         attempt: quantizes the model as told, and measures it.
@@ -117,7 +115,7 @@ def allocate_by_gnn(
         trial = attempt(problem.allocation(choice))
         predictor = _Predictor(problem, costs, sizes, choice, trial, seed)
         tried = [_Tried(choice, predictor.costs, trial)]
-        step = FIRST_STEP
+        step = 1.0
         while True:
             best = min(tried, key=lambda one: one.trial.divergence)
             report(f"KL divergence {tried[-1].trial.divergence:.4f}, best {best.trial.divergence:.4f}")
