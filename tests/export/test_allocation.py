@@ -425,7 +425,7 @@ def test_the_network_learns_where_the_estimate_is_wrong(linears, factor, seed):
 
 
 def test_what_one_trial_says_of_a_tensor_is_proposed_next(linears):
-    """Without any training, too."""
+    """Even before the network has learnt anything."""
     problem, factors = problem_of(linears, 2.4), {"blk.1.attn_q": 12.0}
     model = Model(problem, factors)
     allocate_by_gnn(problem, model.attempt, 2, 0, 0)
