@@ -30,7 +30,7 @@ SURPRISE = 1.0
 FACTORS = torch.linspace(-6, 6, 241, dtype=torch.float64)
 # A tensor's part of the loss below which it does not matter how far off its prediction is.
 NEGLIGIBLE = 1e-9
-# A step is how far a proposal follows the network: the exponent of its corrections. The first goes all of the way.
+# A step is how far a proposal follows the network: the exponent of its corrections.
 STEP_AFTER_GAIN, STEP_AFTER_LOSS, SHORTER_STEPS = 1.5, 0.5, 3
 # What the mean square of the network's corrections costs, beside the surprise of all tensors together.
 RIDGE = 100.0
@@ -89,13 +89,18 @@ class _Tried:
 
 
 def allocate_by_gnn(
-    problem: AllocationProblem, attempt: Callable[[Allocation], Trial], trials: int, steps: int, seed: int
+    problem: AllocationProblem,
+    attempt: Callable[[Allocation], Trial],
+    trials: int,
+    steps: int,
+    seed: int,
+    first_step: float = 1.0,
 ) -> Decision:
     """Train the network on trials of its own proposals, and take the one that lost least.
 
     The first trial is the untrained network's, that of the estimated costs. After every trial the network learns to
     predict what each tensor lost, and what it could not predict is taken from the trials as far as they are to be
-    trusted; proposed is the cheapest assignment by the costs that are corrected so: all of the way at first, less far
+    trusted; proposed is the cheapest assignment by the costs that are corrected so: as far as told at first, less far
     after a trial that was not the best so far, further after one that was.
 
     Args:
@@ -103,6 +108,7 @@ def allocate_by_gnn(
         trials: how many.
         steps: of Adam, before every trial but the first.
         seed: of the network.
+        first_step: how far the second trial's proposal goes, from 0, the first trial's costs, to 1, all of the way.
 
     Raises:
         NumericalError: a score became NaN or infinite.
@@ -115,7 +121,7 @@ def allocate_by_gnn(
         trial = attempt(problem.allocation(choice))
         predictor = _Predictor(problem, costs, sizes, choice, trial, seed)
         tried = [_Tried(choice, predictor.costs, trial)]
-        step = 1.0
+        step = first_step
         while True:
             best = min(tried, key=lambda one: one.trial.divergence)
             report(f"KL divergence {tried[-1].trial.divergence:.4f}, best {best.trial.divergence:.4f}")

@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 BITS_WINDOW = 0.05
+# How far the allocator network's first proposal goes. Where layers do not make up for those before them, what a tensor
+# loses holds less well far from what was tried.
+FIRST_STEP, FIRST_STEP_WITHOUT_DRIFT_CORRECTION = 1.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,8 @@ def decide(
             check(formats)
             return attempt(settled(Decision(formats)))
 
-        decision = allocate_by_gnn(problem, tried, recipe.trials, recipe.training_steps, recipe.seed)
+        first_step = FIRST_STEP if recipe.drift_correction else FIRST_STEP_WITHOUT_DRIFT_CORRECTION
+        decision = allocate_by_gnn(problem, tried, recipe.trials, recipe.training_steps, recipe.seed, first_step)
     else:
         decision = allocate_by_hessian(problem) if recipe.allocator == "hessian" else allocate_uniformly(problem)
     check(decision.formats)

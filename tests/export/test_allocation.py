@@ -25,6 +25,8 @@ from mgptq_export.allocation.column_graph import FEATURES, build_graphs
 from mgptq_export.allocation.linear import InputColumns, expected_loss, strongest_edges
 from mgptq_export.allocation.network import AllocatorNetwork
 from mgptq_export.allocation.problem import COST_CANDIDATES
+from mgptq_export.layouts.base import Allocated, decide
+from mgptq_export.recipe import Recipe
 from mgptq_export.solver import factorize, grid_of, search_scales
 from mgptq_runtime.errors import BudgetError, NumericalError
 from mgptq_runtime.formats import BLOCK_COLUMNS, FORMATS
@@ -431,6 +433,25 @@ def test_what_one_trial_says_of_a_tensor_is_proposed_next(linears):
     allocate_by_gnn(problem, model.attempt, 2, 0, 0)
     first, second = (model.loss(allocation) for allocation in model.tried[:2])
     assert second < 0.8 * first
+
+
+def test_a_first_proposal_goes_half_of_the_way_where_drift_stays(linears):
+    problem, factors = problem_of(linears, 2.4), {"blk.1.attn_q": 12.0}
+
+    def bits_proposed(drift_correction: float) -> float:
+        model = Model(problem, factors)
+        recipe = Recipe(drift_correction=drift_correction, training_steps=0)
+        decide(
+            problem,
+            recipe,
+            attempt=lambda allocated: model.attempt(allocated.decision.formats),
+            check=lambda formats: None,
+            settled=lambda decision: Allocated(decision, orders={}, tables={}, bits=2.4),
+        )
+        return bits_of({"blk.1.attn_q": model.tried[1]["blk.1.attn_q"]}, linears)
+
+    first = bits_of({"blk.1.attn_q": by_hessian(problem)["blk.1.attn_q"]}, linears)
+    assert first < bits_proposed(0.0) < bits_proposed(0.5)
 
 
 UP_AND_DOWN = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
